@@ -1,0 +1,1 @@
+"""Declared experiments; run them with `python -m experiments`."""

@@ -1,0 +1,207 @@
+"""Augmentations, and how an epoch's choices are drawn.
+
+An augmentation is a finite list of options and a function that applies one of them to one image. The choices of a
+whole epoch are drawn at once, a few bytes an image; pixels are touched batch by batch, inside the training step.
+"""
+
+import dataclasses
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from fastcifar_jax.types import Images, Pixels
+
+Image = Float[Array, "height width channels"]  # normalised: 0 is the mean colour
+
+
+class Augmentation(Protocol):
+    """What each of `Recipe.augmentations` must be."""
+
+    def options(self, height: int, width: int) -> np.ndarray:
+        """All options for images of this size: an array whose rows are the options."""
+        ...
+
+    def __call__(self, image: Image, option: Array) -> Image:
+        """One image with one option applied; must be traceable under `jax.vmap`."""
+        ...
+
+
+class EpochPlan(NamedTuple):
+    """The order of an epoch's images and the option that each image gets from each augmentation."""
+
+    order: Int[Array, " images"]  # position in the epoch -> image
+    choices: tuple[Int[Array, " images"], ...]  # one array an augmentation: image -> row of its options
+
+
+class Choices(Protocol):
+    """What `Recipe.choices` must be: how an epoch is planned."""
+
+    def __call__(
+        self, key: PRNGKeyArray, augmentations: tuple[Augmentation, ...], num_images: int, height: int, width: int
+    ) -> EpochPlan:
+        """The plan of one epoch for `num_images` images of `height` x `width` pixels."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Crop:
+    """Reflect-pads by `padding` pixels and cuts a window of the old size at a random place.
+
+    Attributes:
+      padding: pixels on each side; the edge pixel is not repeated. 4 gives 9 x 9 = 81 options.
+    """
+
+    padding: int = 4
+
+    def __post_init__(self):
+        if self.padding < 0:
+            raise ValueError(f"Crop has padding {self.padding}; give a number of pixels >= 0")
+
+    def options(self, height: int, width: int) -> np.ndarray:
+        """Rows of (x0, y0) in the padded image, x0 in the outer loop."""
+        if self.padding >= min(height, width):
+            raise ValueError(f"Crop pads by {self.padding} pixels; images of {height}x{width} can reflect fewer")
+        offsets = range(2 * self.padding + 1)
+        return np.array([(x0, y0) for x0 in offsets for y0 in offsets], np.int32)
+
+    def __call__(self, image: Image, option: Array) -> Image:
+        """The window at `option`."""
+        pad = (self.padding, self.padding)
+        padded = jnp.pad(image, (pad, pad, (0, 0)), mode="reflect")
+        return lax.dynamic_slice(padded, (option[1], option[0], 0), image.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Flip:
+    """Mirrors left and right, or not: 2 options."""
+
+    def options(self, height: int, width: int) -> np.ndarray:
+        """True: mirrored."""
+        del height, width
+        return np.array([True, False])
+
+    def __call__(self, image: Image, option: Array) -> Image:
+        """The image, mirrored if `option`."""
+        return jnp.where(option, image[:, ::-1], image)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cutout:
+    """Sets a square to 0 in normalised units, the mean colour, always fully inside the image.
+
+    Attributes:
+      size: side of the square, in pixels. 8 on 32x32 gives 25 x 25 = 625 options.
+    """
+
+    size: int = 8
+
+    def __post_init__(self):
+        if self.size < 1:
+            raise ValueError(f"Cutout has size {self.size}; give a number of pixels >= 1")
+
+    def options(self, height: int, width: int) -> np.ndarray:
+        """Rows of (x0, y0), the upper left corner, x0 in the outer loop."""
+        if self.size > min(height, width):
+            raise ValueError(f"Cutout of {self.size} pixels does not fit into images of {height}x{width}")
+        xs, ys = range(width - self.size + 1), range(height - self.size + 1)
+        return np.array([(x0, y0) for x0 in xs for y0 in ys], np.int32)
+
+    def __call__(self, image: Image, option: Array) -> Image:
+        """The image without the square at `option`."""
+        height, width, _ = image.shape
+        x, y = jnp.arange(width) - option[0], jnp.arange(height) - option[1]
+        inside = ((0 <= y) & (y < self.size))[:, None] & ((0 <= x) & (x < self.size))[None, :]
+        return jnp.where(inside[:, :, None], jnp.zeros((), image.dtype), image)
+
+
+@dataclasses.dataclass(frozen=True)
+class PerExample:
+    """An independent uniform option for each image and augmentation, and a shuffled order (section 2.4)."""
+
+    def __call__(
+        self, key: PRNGKeyArray, augmentations: tuple[Augmentation, ...], num_images: int, height: int, width: int
+    ) -> EpochPlan:
+        """The plan of one epoch."""
+        key_order, *keys = jax.random.split(key, len(augmentations) + 1)
+        choices = tuple(
+            jax.random.randint(key, (num_images,), 0, len(augmentation.options(height, width)))
+            for key, augmentation in zip(keys, augmentations, strict=True)
+        )
+        return EpochPlan(jax.random.permutation(key_order, num_images), choices)
+
+
+@dataclasses.dataclass(frozen=True)
+class ShuffledGroups:
+    """Cuts a shuffled epoch into one group per option, anew for each augmentation (section 2.3).
+
+    The groups' sizes differ by at most one, so exactly half of an even number of images are flipped. The original
+    rebuilds the whole data set transform by transform; here the permutations are composed instead and every image
+    remembers its options, which gives the same batches (`tests/test_augment.py` holds the twin).
+
+    Attributes:
+      max_options: at most so many options of each augmentation are used in one epoch, drawn anew; None for all.
+    """
+
+    max_options: int | None = 200
+
+    def __post_init__(self):
+        if self.max_options is not None and self.max_options < 1:
+            raise ValueError(f"ShuffledGroups has max_options {self.max_options}; give a number >= 1 or None")
+
+    def __call__(
+        self, key: PRNGKeyArray, augmentations: tuple[Augmentation, ...], num_images: int, height: int, width: int
+    ) -> EpochPlan:
+        """The plan of one epoch."""
+        key_order, *keys = jax.random.split(key, len(augmentations) + 1)
+        order = jnp.arange(num_images)
+        choices = []
+        for key_transform, augmentation in zip(keys, augmentations, strict=True):
+            key_images, key_options = jax.random.split(key_transform)
+            order = order[jax.random.permutation(key_images, num_images)]
+            options = jax.random.permutation(key_options, len(augmentation.options(height, width)))[: self.max_options]
+            group = _groups(num_images, len(options))
+            choices.append(jnp.zeros(num_images, options.dtype).at[order].set(options[group], unique_indices=True))
+        return EpochPlan(order[jax.random.permutation(key_order, num_images)], tuple(choices))
+
+
+def _groups(num_images: int, num_groups: int) -> Int[Array, " images"]:
+    """Position -> group: consecutive groups whose sizes differ by at most one, larger groups first."""
+    small, larger = divmod(num_images, num_groups)  # the first `larger` groups hold `small + 1` images
+    position, border = jnp.arange(num_images), larger * (small + 1)
+    return jnp.where(position < border, position // (small + 1), larger + (position - border) // max(small, 1))
+
+
+def normalize(pixels: Pixels, mean: tuple[float, ...], std: tuple[float, ...], dtype=jnp.float32) -> Images:
+    """`(pixel - mean) / std` per channel, computed in `dtype`.
+
+    In float16 the constants are rounded first, as in the original: mean (125.3125, 122.9375, 113.875), std (63,
+    62.09375, 66.6875) for CIFAR-10.
+
+    Args:
+      pixels: 0..255.
+      mean: one a channel, in 0..255.
+      std: one a channel, in 0..255.
+      dtype: of the result.
+    """
+    mean, std = (jnp.asarray(constant, dtype)[None, None, None, :] for constant in (mean, std))
+    return (pixels.astype(dtype) - mean) / std
+
+
+def augment(
+    images: Images, augmentations: tuple[Augmentation, ...], choices: tuple[Int[Array, " batch"], ...]
+) -> Images:
+    """Applies to each image its option of each augmentation, in order.
+
+    Args:
+      images: normalised.
+      augmentations: in the order they are applied.
+      choices: one array an augmentation: the row of its options that each image gets.
+    """
+    _, height, width, _ = images.shape
+    for augmentation, choice in zip(augmentations, choices, strict=True):
+        images = jax.vmap(augmentation)(images, jnp.asarray(augmentation.options(height, width))[choice])
+    return images

@@ -1,0 +1,85 @@
+"""Prediction in chunks, and test-time augmentation."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Protocol
+
+import jax.numpy as jnp
+from jax import lax
+
+from fastcifar_jax.augment import normalize
+from fastcifar_jax.losses import num_correct
+from fastcifar_jax.types import Evaluation, Images, Labels, Logits, Pixels
+
+Predict = Callable[[Images], Logits]
+
+
+class TTA(Protocol):
+    """What `Recipe.tta` must be: the logits of a batch, from several views of it."""
+
+    def __call__(self, predict: Predict, images: Images) -> Logits:
+        """The logits of `images`, by way of `predict`."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class NoTTA:
+    """The image as it is, for images whose mirror image means something else."""
+
+    def __call__(self, predict: Predict, images: Images) -> Logits:
+        """Logits."""
+        return predict(images)
+
+
+@dataclasses.dataclass(frozen=True)
+class FlipTTA:
+    """The mean logits of the image and its mirror image (Bag of Tricks, "test-time augmentation"; section 6).
+
+    Logits are averaged, not probabilities.
+    """
+
+    def __call__(self, predict: Predict, images: Images) -> Logits:
+        """Mean logits, in the dtype of the logits."""
+        return (predict(images) + predict(images[:, :, ::-1])) / 2
+
+
+def evaluate(
+    predict: Predict,
+    loss: Callable[[Logits, Labels], Logits],
+    tta: TTA,
+    pixels: Pixels,
+    labels: Labels,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    dtype=jnp.float32,
+    chunk: int = 500,
+) -> Evaluation:
+    """Mean loss and accuracy over a test set, plain and with test-time augmentation.
+
+    Args:
+      predict: logits of normalised images; batch norm in evaluation mode, so that chunks do not matter.
+      loss: per example.
+      tta: the augmentation; its plain pass is computed once for both results.
+      pixels: the test images, neither padded nor cropped.
+      labels: one an image.
+      mean: per channel, in 0..255.
+      std: per channel, in 0..255.
+      dtype: of the normalised images.
+      chunk: images at a time.
+    """
+
+    def sums(pixels, labels):
+        images = normalize(pixels, mean, std, dtype)
+        plain, views = predict(images), tta(predict, images)
+        sums = (loss(plain, labels), num_correct(plain, labels), loss(views, labels), num_correct(views, labels))
+        return jnp.stack([jnp.sum(x).astype(jnp.float32) for x in sums])
+
+    num_images = len(pixels)
+    whole = num_images - num_images % chunk
+    total = jnp.zeros(4)
+    if whole:
+        chunks = (pixels[:whole].reshape(-1, chunk, *pixels.shape[1:]), labels[:whole].reshape(-1, chunk))
+        total += lax.map(lambda c: sums(*c), chunks).sum(0)
+    if whole < num_images:
+        total += sums(pixels[whole:], labels[whole:])
+    return Evaluation(*(total / num_images))

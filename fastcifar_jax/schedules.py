@@ -1,0 +1,67 @@
+"""Learning rates as functions of time, where time is counted in epochs."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+Schedule = Callable[[Float[Array, ""]], Float[Array, ""]]  # time in epochs -> multiple of the peak learning rate
+
+
+def piecewise_linear(knots: tuple[float, ...], values: tuple[float, ...]) -> Schedule:
+    """Linear interpolation through `(knot, value)` pairs, constant outside them.
+
+    Args:
+      knots: strictly increasing times, in epochs.
+      values: one value a knot.
+
+    Raises:
+      ValueError: knots that do not increase, or another number of values.
+    """
+    if len(knots) != len(values) or len(knots) < 2:
+        raise ValueError(f"{len(knots)} knots and {len(values)} values; give the same number of each, at least two")
+    if any(a >= b for a, b in zip(knots, knots[1:], strict=False)):
+        shown = ", ".join(f"{knot:g}" for knot in knots)
+        raise ValueError(f"schedule knots {shown} (in epochs) must increase; train for more epochs or move the knots")
+
+    def schedule(time):
+        time = jnp.asarray(time)
+        return jnp.interp(time, jnp.asarray(knots, time.dtype), jnp.asarray(values, time.dtype))
+
+    return schedule
+
+
+@dataclasses.dataclass(frozen=True)
+class WarmupDecay:
+    """Up from 0 to 1, down to `end`, and flat there for the last epochs (Bag of Tricks, sections "EMA" and "TTA").
+
+    The knots are `(0, 0), (warmup * E, 1), (E - flat_epochs, end)` for a run of E epochs.
+
+    Attributes:
+      warmup: share of the run that the way up takes: E/5 in the post, 5/24 in its first steps.
+      end: value at the last knot, as a share of the peak.
+      flat_epochs: how many epochs the end value is held, in epochs.
+    """
+
+    warmup: float = 1 / 5
+    end: float = 0.0
+    flat_epochs: float = 0.0
+
+    def __post_init__(self):
+        if not 0 < self.warmup < 1:
+            raise ValueError(f"schedule.warmup is {self.warmup}; give the share of the run, between 0 and 1")
+        if self.flat_epochs < 0 or self.end < 0:
+            raise ValueError(f"schedule.flat_epochs {self.flat_epochs} and end {self.end} must not be negative")
+
+    def knots(self, num_epochs: float) -> tuple[float, float, float]:
+        """The times of the three knots, in epochs."""
+        return (0.0, self.warmup * num_epochs, num_epochs - self.flat_epochs)
+
+    def __call__(self, num_epochs: float) -> Schedule:
+        """The schedule of a run of `num_epochs` epochs.
+
+        Raises:
+          ValueError: a run so short that the last knot would come before the peak.
+        """
+        return piecewise_linear(self.knots(num_epochs), (0.0, 1.0, self.end))

@@ -1,0 +1,298 @@
+"""Training as pure functions, and the two loops that drive them."""
+
+import functools
+import math
+import time
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+from jaxtyping import Array, Int, PRNGKeyArray
+
+from fastcifar_jax.augment import EpochPlan, augment, normalize
+from fastcifar_jax.evaluate import evaluate
+from fastcifar_jax.losses import num_correct
+from fastcifar_jax.model import Model
+from fastcifar_jax.optim import Average
+from fastcifar_jax.recipe import Recipe
+from fastcifar_jax.types import Batch, Dataset, EpochInfo, Evaluation, RunResult, StepInfo, TrainState
+
+Driver = Literal["python", "scan"]
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, StepInfo]]
+
+
+class Diverged(ArithmeticError):
+    """A loss that is not finite.
+
+    Attributes:
+      epochs: the rows of the epoch table up to and with the one that failed.
+    """
+
+    def __init__(self, name: str, epochs: tuple[EpochInfo, ...]):
+        last = epochs[-1]
+        super().__init__(
+            f"{name} diverged in epoch {last.epoch}: training loss {last.train_loss}, test loss {last.test_loss}; "
+            "lower optim.peak_lr"
+        )
+        self.epochs = epochs
+
+
+class Functions(NamedTuple):
+    """The pure functions of one recipe; none is jitted."""
+
+    init: Callable[[PRNGKeyArray, Dataset], TrainState]
+    plan: Callable[[PRNGKeyArray, Int[Array, ""], Dataset], EpochPlan]  # (key of the run, epoch, dataset)
+    train_step: TrainStep
+    train_batch: Callable[[TrainState, StepInfo, Dataset, EpochPlan, Int[Array, ""]], tuple[TrainState, StepInfo]]
+    train_epoch: Callable[[TrainState, Dataset, EpochPlan], tuple[TrainState, StepInfo]]
+    enter_evaluation: Callable[[TrainState, int], TrainState]  # (state, epoch), 1-based
+    evaluate: Callable[[TrainState, Dataset], Evaluation]
+
+
+def make_train_step(
+    model: Model,
+    loss: Callable,
+    tx: optax.GradientTransformation,
+    average: Average | None,
+    steps_per_epoch: int,
+) -> TrainStep:
+    """One optimiser step as a pure function `(state, batch) -> (state, info)`.
+
+    The summed loss is differentiated and the gradient divided by the batch size in the weights' dtype: the sum is
+    what keeps small float16 gradients from vanishing (section 3.5), the mean is what the optimiser expects.
+
+    Args:
+      model: the network.
+      loss: per example.
+      tx: receives the gradient of the mean loss.
+      average: updated after the weights; None for none.
+      steps_per_epoch: the average counts batches from the start of each epoch.
+    """
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepInfo]:
+        def summed_loss(params):
+            variables = {"params": params, "frozen": state.frozen, "batch_stats": state.batch_stats}
+            logits, batch_stats = model.apply(variables, batch.images, True)
+            return loss(logits, batch.labels).sum(), (batch_stats, num_correct(logits, batch.labels))
+
+        (total, (batch_stats, correct)), grads = jax.value_and_grad(summed_loss, has_aux=True)(state.params)
+        grads = jax.tree.map(lambda g: g / len(batch.labels), grads)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        averaged = state.average
+        if average is not None:
+            variables = {"params": params, "batch_stats": batch_stats}
+            averaged = average.update(averaged, variables, state.step % steps_per_epoch)
+        state = TrainState(state.step + 1, params, state.frozen, batch_stats, opt_state, averaged)
+        return state, StepInfo(total, correct)
+
+    return train_step
+
+
+def evaluated(state: TrainState) -> dict[str, Any]:
+    """The variables that evaluation uses: the averaged ones, if the recipe has an average."""
+    trained = state.average or {"params": state.params, "batch_stats": state.batch_stats}
+    return {**trained, "frozen": state.frozen}
+
+
+def make_functions(recipe: Recipe, num_classes: int, num_train: int) -> Functions:
+    """The pure functions that make up a run of `recipe`.
+
+    Args:
+      recipe: what to run.
+      num_classes: size of the logits.
+      num_train: number of training images.
+
+    Raises:
+      ValueError: fewer training images than one batch.
+    """
+    batch_size = recipe.batch_size
+    steps_per_epoch = num_train // batch_size
+    if not steps_per_epoch:
+        raise ValueError(f"batch_size {batch_size} is larger than the {num_train} training images; set it lower")
+    model = recipe.model(num_classes, recipe.compute_dtype)
+    tx = recipe.optim(recipe.num_epochs, steps_per_epoch)
+    train_step = make_train_step(model, recipe.loss, tx, recipe.average, steps_per_epoch)
+    # float16 images are normalised in float16, as in the original; bfloat16 would lose two bits of the pixels.
+    image_dtype = {"float16": jnp.float16, "float64": jnp.float64}.get(recipe.compute_dtype, jnp.float32)
+    as_images = functools.partial(normalize, mean=recipe.mean, std=recipe.std, dtype=image_dtype)
+
+    def init(key, dataset):
+        images = normalize(dataset.train_images[: recipe.init_images], recipe.mean, recipe.std)
+        variables = model.init(key, images)
+        params, batch_stats = variables["params"], variables["batch_stats"]
+        average = () if recipe.average is None else recipe.average.init({"params": params, "batch_stats": batch_stats})
+        return TrainState(jnp.int32(0), params, variables["frozen"], batch_stats, tx.init(params), average)
+
+    def plan(key, epoch, dataset):
+        num_images, height, width, _ = dataset.train_images.shape
+        return recipe.choices(jax.random.fold_in(key, epoch), recipe.augmentations, num_images, height, width)
+
+    def train_batch(state, totals, dataset, plan, index):
+        ids = lax.dynamic_slice(plan.order, (index * batch_size,), (batch_size,))
+        images = as_images(dataset.train_images[ids])
+        images = augment(images, recipe.augmentations, tuple(choice[ids] for choice in plan.choices))
+        state, info = train_step(state, Batch(images, dataset.train_labels[ids]))
+        return state, jax.tree.map(jnp.add, totals, info)
+
+    def train_epoch(state, dataset, plan):
+        def body(carry, index):
+            return train_batch(*carry, dataset, plan, index), None
+
+        carry, _ = lax.scan(body, (state, zero_totals(recipe)), jnp.arange(steps_per_epoch))
+        return carry
+
+    def enter_evaluation(state, epoch):
+        # The network itself leaves training mode after every epoch, its average once and for good after the first.
+        if recipe.average is None:
+            return state._replace(batch_stats=model.enter_evaluation(state.batch_stats))
+        if epoch == 1:
+            batch_stats = model.enter_evaluation(state.average["batch_stats"])
+            return state._replace(average={**state.average, "batch_stats": batch_stats})
+        return state
+
+    def evaluate_state(state, dataset):
+        variables = evaluated(state)
+        predict = lambda images: model.apply(variables, images, False)[0]
+        return evaluate(
+            predict, recipe.loss, recipe.tta, dataset.test_images, dataset.test_labels,
+            recipe.mean, recipe.std, image_dtype,
+        )  # fmt: skip
+
+    return Functions(init, plan, train_step, train_batch, train_epoch, enter_evaluation, evaluate_state)
+
+
+def zero_totals(recipe: Recipe) -> StepInfo:
+    """The sums of an epoch before its first step."""
+    return StepInfo(jnp.zeros((), jnp.float64 if recipe.compute_dtype == "float64" else jnp.float32), jnp.int32(0))
+
+
+def default_driver() -> Driver:
+    """ "python" on CPUs, where XLA runs the weight gradients inside `lax.scan` 10 times slower and more; else "scan".
+
+    See jax issue 12868 and `benchmarks/drivers.py`.
+    """
+    return "python" if jax.default_backend() == "cpu" else "scan"
+
+
+class Programs(NamedTuple):
+    """A recipe's functions compiled for one data set's shapes."""
+
+    init: Callable[[PRNGKeyArray, Dataset], TrainState]
+    plan: Callable[[PRNGKeyArray, Int[Array, ""], Dataset], EpochPlan]
+    train_epoch: Callable[..., tuple[TrainState, StepInfo]]  # (state, dataset, plan, on_step)
+    enter_evaluation: Callable[[TrainState, int], TrainState]
+    evaluate: Callable[[TrainState, Dataset], Evaluation]
+    steps_per_epoch: int
+
+
+def compile_programs(recipe: Recipe, num_classes: int, dataset: Dataset, driver: Driver) -> Programs:
+    """Compiles everything that a run needs, ahead of its first step.
+
+    Args:
+      recipe: what to run.
+      num_classes: size of the logits.
+      dataset: arrays or `jax.ShapeDtypeStruct`s.
+      driver: "python" compiles one step, "scan" one epoch.
+
+    Raises:
+      ValueError: a recipe that does not fit the data.
+    """
+    functions = make_functions(recipe, num_classes, len(dataset.train_labels))
+    steps_per_epoch = len(dataset.train_labels) // recipe.batch_size
+    index = jax.ShapeDtypeStruct((), jnp.int32)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    state = jax.eval_shape(functions.init, key, dataset)
+    plan = jax.eval_shape(functions.plan, key, index, dataset)
+
+    if driver == "scan":
+        program = jax.jit(functions.train_epoch, donate_argnums=0).lower(state, dataset, plan).compile()
+
+        def train_epoch(state, dataset, plan, on_step):
+            del on_step  # nothing is seen from outside before the epoch ends
+            return program(state, dataset, plan)
+
+    else:
+        totals = jax.eval_shape(lambda: zero_totals(recipe))
+        step = jax.jit(functions.train_batch, donate_argnums=(0, 1))
+        program = step.lower(state, totals, dataset, plan, index).compile()
+
+        def train_epoch(state, dataset, plan, on_step):
+            totals = zero_totals(recipe)
+            for i in range(steps_per_epoch):
+                state, totals = program(state, totals, dataset, plan, np.int32(i))
+                if on_step is not None:
+                    on_step(i + 1, jax.block_until_ready(totals))
+            return state, totals
+
+    return Programs(
+        init=jax.jit(functions.init).lower(key, dataset).compile(),
+        plan=jax.jit(functions.plan).lower(key, index, dataset).compile(),
+        train_epoch=train_epoch,
+        enter_evaluation=functions.enter_evaluation,
+        evaluate=jax.jit(functions.evaluate).lower(state, dataset).compile(),
+        steps_per_epoch=steps_per_epoch,
+    )
+
+
+def make_train(recipe: Recipe, num_classes: int = 10, driver: Driver | None = None) -> Callable[..., RunResult]:
+    """The run of a recipe as a function of a key and a data set.
+
+    Same key, recipe, data and kind of device: bitwise the same numbers.
+
+    Args:
+      recipe: what to run.
+      num_classes: size of the logits.
+      driver: "python" calls a compiled step, "scan" a compiled epoch; None picks by platform.
+
+    Returns:
+      `train(key, dataset, on_epoch=None, on_step=None) -> RunResult`. `on_epoch` is called with each finished
+      `EpochInfo`; `on_step(epoch, step, totals)` by the "python" driver after each step. The first call compiles,
+      later ones with data of the same shapes do not. `train` raises `Diverged` at the end of an epoch whose loss is
+      not finite, and ValueError for a recipe that does not fit the data.
+    """
+    driver = driver or default_driver()
+    compiled: dict[tuple, Programs] = {}
+
+    def train(
+        key: PRNGKeyArray,
+        dataset: Dataset,
+        on_epoch: Callable[[EpochInfo], None] | None = None,
+        on_step: Callable[[int, int, StepInfo], None] | None = None,
+    ) -> RunResult:
+        start = time.perf_counter()
+        shapes = tuple((a.shape, str(a.dtype)) for a in dataset)
+        if shapes not in compiled:
+            compiled[shapes] = compile_programs(recipe, num_classes, dataset, driver)
+        programs = compiled[shapes]
+        compile_seconds = time.perf_counter() - start
+
+        key_init, key_data = jax.random.split(key)
+        start = time.perf_counter()
+        state = jax.block_until_ready(programs.init(key_init, dataset))
+        setup_seconds = time.perf_counter() - start
+
+        epochs: list[EpochInfo] = []
+        num_images = programs.steps_per_epoch * recipe.batch_size
+        for epoch in range(1, recipe.num_epochs + 1):
+            start = time.perf_counter()
+            plan = programs.plan(key_data, np.int32(epoch), dataset)
+            step_seen = None if on_step is None else functools.partial(on_step, epoch)
+            state, totals = jax.block_until_ready(programs.train_epoch(state, dataset, plan, step_seen))
+            seconds = time.perf_counter() - start
+            state = programs.enter_evaluation(state, epoch)
+            loss, accuracy = float(totals.loss) / num_images, int(totals.correct) / num_images
+            evaluation = programs.evaluate(state, dataset)
+            epochs.append(EpochInfo(epoch, seconds, loss, accuracy, *(float(x) for x in evaluation)))
+            if not (math.isfinite(loss) and math.isfinite(epochs[-1].test_loss)):
+                raise Diverged(recipe.name, tuple(epochs))
+            if on_epoch is not None:
+                on_epoch(epochs[-1])
+        rate = num_images * len(epochs) / sum(info.train_seconds for info in epochs)
+        return RunResult(state, tuple(epochs), setup_seconds, compile_seconds, rate)
+
+    return train

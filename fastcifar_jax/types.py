@@ -1,0 +1,82 @@
+"""The arrays that travel through a run, as NamedTuples, and the array aliases of the public signatures."""
+
+from typing import Any, NamedTuple
+
+from jaxtyping import Array, Float, Int, UInt8
+
+Images = Float[Array, "batch height width channels"]  # normalised: (pixel - mean) / std
+Pixels = UInt8[Array, "batch height width channels"]  # 0..255
+Labels = Int[Array, " batch"]
+Logits = Float[Array, "batch classes"]
+Params = dict[str, Any]  # nested dicts of arrays
+
+
+class Dataset(NamedTuple):
+    """Both splits of a data set: NumPy arrays on the host or JAX arrays on the device."""
+
+    train_images: Pixels
+    train_labels: Labels
+    test_images: Pixels
+    test_labels: Labels
+
+
+class Batch(NamedTuple):
+    """What one training step sees: augmented, normalised images and their labels."""
+
+    images: Images
+    labels: Labels
+
+
+class TrainState(NamedTuple):
+    """Everything that a training step carries to the next one: arrays only, so states stack and save plainly."""
+
+    step: Int[Array, ""]  # steps taken so far
+    params: Params  # trained
+    frozen: Params  # never trained: whitening filters, fixed batch norm scales
+    batch_stats: Params  # running statistics of the batch norms
+    opt_state: Any  # of the optax transformation
+    average: Any  # of the recipe's average; () without one
+
+
+class StepInfo(NamedTuple):
+    """Sums over one training batch, measured in the forward pass that was differentiated."""
+
+    loss: Float[Array, ""]
+    correct: Int[Array, ""]
+
+
+class Evaluation(NamedTuple):
+    """Means over the test set, of the plain images and with test-time augmentation; accuracies as fractions."""
+
+    test_loss: Float[Array, ""]
+    test_accuracy: Float[Array, ""]
+    tta_loss: Float[Array, ""]
+    tta_accuracy: Float[Array, ""]
+
+
+class EpochInfo(NamedTuple):
+    """One row of the epoch table, as Python numbers."""
+
+    epoch: int  # 1-based
+    train_seconds: float  # of this epoch alone
+    train_loss: float
+    train_accuracy: float
+    test_loss: float
+    test_accuracy: float
+    tta_loss: float
+    tta_accuracy: float
+
+
+class RunResult(NamedTuple):
+    """A finished run."""
+
+    state: TrainState
+    epochs: tuple[EpochInfo, ...]
+    setup_seconds: float  # whitening and initialisation
+    compile_seconds: float  # 0.0 when a run of the same recipe had compiled already
+    images_per_second: float  # training images over the seconds of the epochs
+
+    @property
+    def train_seconds(self) -> float:
+        """Set-up and all epochs, without compiling and evaluating (section 3.6 of the specification)."""
+        return self.setup_seconds + sum(epoch.train_seconds for epoch in self.epochs)

@@ -1,0 +1,160 @@
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fastcifar_jax.augment import Crop, Cutout, Flip, PerExample, ShuffledGroups, augment, normalize
+
+ALL = (Crop(4), Flip(), Cutout(8))
+
+
+def images_of(num_images, size=32):
+    return np.random.default_rng(0).normal(size=(num_images, size, size, 3)).astype(np.float32)
+
+
+def numpy_apply(augmentation, image, option):
+    """One image, written with slices instead of index arithmetic."""
+    if isinstance(augmentation, Crop):
+        p = augmentation.padding
+        (x0, y0), (height, width, _) = option, image.shape
+        return np.pad(image, ((p, p), (p, p), (0, 0)), mode="reflect")[y0 : y0 + height, x0 : x0 + width]
+    if isinstance(augmentation, Flip):
+        return np.fliplr(image) if option else image
+    (x0, y0), out = option, image.copy()
+    out[y0 : y0 + augmentation.size, x0 : x0 + augmentation.size] = 0
+    return out
+
+
+@pytest.mark.parametrize(
+    ("augmentation", "count"),
+    [(Crop(4), 81), (Flip(), 2), (Cutout(8), 625), (Cutout(5), 784), (Cutout(12), 441)],
+    ids=str,
+)
+def test_number_of_options(augmentation, count):
+    options = augmentation.options(32, 32)
+    assert len(options) == count == len(np.unique(options, axis=0))
+
+
+def test_options_have_x_in_the_outer_loop():
+    assert Crop(1).options(8, 8).tolist()[:4] == [[0, 0], [0, 1], [0, 2], [1, 0]]
+    assert Cutout(7).options(8, 8).tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
+
+
+@pytest.mark.parametrize("augmentation", [Crop(4), Crop(2), Flip(), Cutout(8), Cutout(5)], ids=str)
+def test_every_option_equals_its_numpy_twin(augmentation):
+    options = augmentation.options(16, 16)
+    images = images_of(len(options), 16)
+    found = jax.jit(lambda images: augment(images, (augmentation,), (jnp.arange(len(options)),)))(images)
+    expected = [numpy_apply(augmentation, image, option) for image, option in zip(images, options, strict=True)]
+    chex.assert_trees_all_equal(np.asarray(found), np.stack(expected))
+
+
+def test_reflect_does_not_repeat_the_edge():
+    row = jnp.tile(jnp.arange(6.0)[None, :, None], (6, 1, 1))
+    assert Crop(4)(row, jnp.array([0, 4]))[0, :, 0].tolist() == [4, 3, 2, 1, 0, 1]
+    assert Crop(4)(row, jnp.array([8, 4]))[0, :, 0].tolist() == [4, 5, 4, 3, 2, 1]
+
+
+def numpy_rebuild(key, augmentations, images, labels, max_options):
+    """The original's way: the whole data set is rebuilt, transform by transform (section 2.3), with the same draws."""
+    height, width = images.shape[1:3]
+    key_order, *keys = jax.random.split(key, len(augmentations) + 1)
+    for key_transform, augmentation in zip(keys, augmentations, strict=True):
+        key_images, key_options = jax.random.split(key_transform)
+        permutation = np.asarray(jax.random.permutation(key_images, len(images)))
+        images, labels = images[permutation], labels[permutation]
+        options = augmentation.options(height, width)
+        kept = options[np.asarray(jax.random.permutation(key_options, len(options)))][:max_options]
+        chunks = np.array_split(np.arange(len(images)), len(kept))
+        images = np.stack(
+            [
+                numpy_apply(augmentation, images[i], option)
+                for option, chunk in zip(kept, chunks, strict=True)
+                for i in chunk
+            ]
+        )
+    permutation = np.asarray(jax.random.permutation(key_order, len(images)))
+    return images[permutation], labels[permutation]
+
+
+@pytest.mark.parametrize("num_images", [1000, 731, 60])
+def test_composed_groups_equal_rebuilding_the_data_set(key, num_images):
+    images, labels = images_of(num_images), np.arange(num_images)
+    plan = jax.jit(lambda key: ShuffledGroups(200)(key, ALL, num_images, 32, 32))(key)
+    found = augment(jnp.asarray(images)[plan.order], ALL, tuple(choice[plan.order] for choice in plan.choices))
+    expected_images, expected_labels = numpy_rebuild(key, ALL, images, labels, 200)
+    np.testing.assert_array_equal(labels[np.asarray(plan.order)], expected_labels)
+    chex.assert_trees_all_equal(np.asarray(found), expected_images)
+
+
+def test_groups_are_balanced(key):
+    plan = ShuffledGroups(200)(key, ALL, 50_000, 32, 32)
+    crop, flip, cutout = (np.unique_counts(choice) for choice in plan.choices)
+    assert sorted(np.unique_counts(crop.counts).counts.tolist()) == [23, 58]
+    assert np.unique(crop.counts).tolist() == [617, 618]
+    assert flip.counts.tolist() == [25_000, 25_000]
+    assert cutout.counts.tolist() == [250] * 200
+    np.testing.assert_array_equal(np.sort(plan.order), np.arange(50_000))
+
+
+def test_transforms_are_grouped_independently(key):
+    """Which images are flipped says nothing about where they are cropped, nor about their place in the epoch."""
+    plan = ShuffledGroups(200)(key, ALL, 50_000, 32, 32)
+    crop, flip, _ = (np.asarray(choice) for choice in plan.choices)
+    place = np.argsort(plan.order)
+    assert abs(np.corrcoef(crop, flip)[0, 1]) < 0.02
+    assert abs(np.corrcoef(place, flip)[0, 1]) < 0.02
+
+
+@pytest.mark.parametrize("choices", [PerExample(), ShuffledGroups(200), ShuffledGroups(None)], ids=str)
+def test_plan_depends_on_the_key_alone(choices):
+    plan = lambda seed: choices(jax.random.key(seed), ALL, 500, 32, 32)
+    chex.assert_trees_all_equal(plan(0), plan(0))
+    assert not np.array_equal(plan(0).order, plan(1).order)
+    assert not np.array_equal(plan(0).choices[0], plan(1).choices[0])
+    np.testing.assert_array_equal(np.sort(plan(1).order), np.arange(500))
+
+
+def test_per_example_choices_are_uniform(key):
+    plan = PerExample()(key, ALL, 100_000, 32, 32)
+    for choice, count in zip(plan.choices, (81, 2, 625), strict=True):
+        found = np.bincount(choice, minlength=count)
+        assert len(found) == count
+        # Chi-square over `count` options has mean count - 1 and variance 2 (count - 1).
+        chi_square = ((found - 100_000 / count) ** 2 / (100_000 / count)).sum()
+        assert abs(chi_square - (count - 1)) < 5 * np.sqrt(2 * (count - 1))
+
+
+@pytest.mark.parametrize("augmentation", ALL, ids=str)
+def test_vmap_over_seeds(augmentation, key):
+    images = jnp.asarray(images_of(6, 16))
+    choice = jax.random.randint(key, (3, 6), 0, len(augmentation.options(16, 16)))
+    together = jax.vmap(lambda c: augment(images, (augmentation,), (c,)))(choice)
+    alone = jnp.stack([augment(images, (augmentation,), (c,)) for c in choice])
+    chex.assert_trees_all_equal(together, alone)
+
+
+def test_normalize_golden_float16_constants():
+    mean, std = (125.31, 122.95, 113.87), (62.99, 62.09, 66.70)
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3)).astype(np.uint8)
+    found = normalize(jnp.asarray(pixels), mean, std, jnp.float16)
+    rounded = (np.float16([125.3125, 122.9375, 113.875]), np.float16([63.0, 62.09375, 66.6875]))
+    chex.assert_trees_all_close(np.asarray(found), (pixels.astype(np.float16) - rounded[0]) / rounded[1], atol=2e-3)
+    exact = (pixels - np.array(mean)) / np.array(std)
+    np.testing.assert_allclose(normalize(jnp.asarray(pixels), mean, std), exact, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Crop(-1), "padding -1"),
+        (lambda: Cutout(0), "size 0"),
+        (lambda: ShuffledGroups(0), "max_options 0"),
+        (lambda: Crop(8).options(8, 8), "pads by 8"),
+        (lambda: Cutout(9).options(8, 8), "does not fit"),
+    ],
+)
+def test_refuses(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -1,0 +1,96 @@
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from fastcifar_jax.optim import Ema, Nesterov, label_by_path, nesterov
+from fastcifar_jax.schedules import WarmupDecay, piecewise_linear
+
+
+def test_golden_update():
+    """Section 10: w = 1, mean gradient 1 twice, rate 0.1 then 0.2. `optax.sgd`'s order would give 0.26767011805."""
+    schedule = piecewise_linear((1.0, 2.0), (0.1, 0.2))  # one step an epoch: the first step sees time 1
+    tx = nesterov(schedule, 1, momentum=0.9, weight_decay=5e-4)
+    params = {"w": jnp.float32(1)}
+    state = tx.init(params)
+    for expected in (0.809905, 0.34871061805):
+        updates, state = tx.update({"w": jnp.float32(1)}, state, params)
+        params = optax.apply_updates(params, updates)
+        assert float(params["w"]) == pytest.approx(expected, rel=1e-6)
+    assert float(optax.tree.get(state, "trace")["w"]) == pytest.approx(-0.2901259905, rel=1e-6)
+
+
+def test_last_step_of_a_schedule_to_zero_moves_by_momentum_alone():
+    tx = Nesterov(peak_lr=0.4, schedule=WarmupDecay(warmup=0.5))(2, 2)
+    params = {"kernel": jnp.float32(1)}
+    state = tx.init(params)
+    for _ in range(3):
+        _, state = tx.update({"kernel": jnp.float32(1)}, state, params)
+    velocity = optax.tree.get(state, "trace")["kernel"]
+    updates, _ = tx.update({"kernel": jnp.float32(123)}, state, params)
+    np.testing.assert_allclose(updates["kernel"], 0.81 * velocity, rtol=1e-6)
+
+
+def test_bias_group_has_its_own_rate_and_decay():
+    """Rate times 64, decay divided by 64: their product, which is what decays a weight, stays."""
+    params = {"conv": {"kernel": jnp.float32(2)}, "norm": {"bias": jnp.float32(2)}, "linear": jnp.float32(2)}
+    optim = Nesterov(peak_lr=0.5, momentum=0.0, weight_decay=0.1, bias_scale=64.0, schedule=WarmupDecay(warmup=0.5))
+    tx = optim(2, 1)  # the first step is at the peak
+
+    def update(gradient):
+        return tx.update(jax.tree.map(lambda _: jnp.float32(gradient), params), tx.init(params), params)[0]
+
+    chex.assert_trees_all_close(
+        update(0), {"conv": {"kernel": -0.1}, "norm": {"bias": -0.1}, "linear": -0.1}, rtol=1e-6
+    )
+    chex.assert_trees_all_close(
+        jax.tree.map(jnp.subtract, update(1), update(0)),
+        {"conv": {"kernel": -0.5}, "norm": {"bias": -32.0}, "linear": -0.5},
+        rtol=1e-6,
+    )
+
+
+def test_every_parameter_needs_a_group():
+    with pytest.raises(ValueError, match=r"a/kernel is in none of the groups"):
+        label_by_path({"a": {"kernel": jnp.zeros(1)}}, {"bias": r"bias$"})
+
+
+def test_ema_golden():
+    """rho = 0.95099005, 20 updates an epoch of 97 steps, the count starting anew each epoch; no debiasing."""
+    ema, steps = Ema(0.99, 5), 97
+    average = ema.init({"w": jnp.float32(1)})
+    update = jax.jit(ema.update)
+    for step in range(2 * steps):
+        average = update(average, {"w": jnp.float32(0)}, jnp.int32(step % steps))
+        if step == 0:
+            assert float(average["w"]) == pytest.approx(0.9509900499, rel=1e-6)
+        if step == steps - 1:
+            assert float(average["w"]) == pytest.approx(0.3660323, rel=1e-5)
+    assert float(average["w"]) == pytest.approx(0.3660323**2, rel=1e-5)
+
+
+def test_ema_starts_as_a_copy():
+    variables = {"w": jnp.arange(3.0)}
+    average = Ema().init(variables)
+    chex.assert_trees_all_equal(average, variables)
+    assert average["w"].unsafe_buffer_pointer() != variables["w"].unsafe_buffer_pointer()
+
+
+@pytest.mark.parametrize(
+    ("part", "fields"),
+    [
+        (Nesterov, {"peak_lr": 0.0}),
+        (Nesterov, {"momentum": 1.0}),
+        (Nesterov, {"weight_decay": -1.0}),
+        (Nesterov, {"bias_scale": 0.0}),
+        (Ema, {"decay": 1.0}),
+        (Ema, {"every": 0}),
+    ],
+    ids=str,
+)
+def test_refuses(part, fields):
+    (name, value) = next(iter(fields.items()))
+    with pytest.raises(ValueError, match=f"{name} {value}"):
+        part(**fields)

@@ -1,0 +1,216 @@
+from dataclasses import replace
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.bag_of_tricks import baseline, final
+from fastcifar_jax.augment import Crop, Flip
+from fastcifar_jax.model import Norm
+from fastcifar_jax.train import Diverged, evaluated, make_functions, make_train, zero_totals
+from fastcifar_jax.types import Batch, Dataset, StepInfo
+
+NUM_TRAIN, BATCH = 112, 32  # 3 steps an epoch and a remainder of 16
+
+
+def small(recipe, num_epochs=3, **changes):
+    """A recipe with four channels in prep, batches of 32 in 4 ghost groups and images of 16x16."""
+    groups = min(recipe.model.norm.num_groups, 4)
+    model = replace(recipe.model, norm=replace(recipe.model.norm, num_groups=groups)).with_width(4)
+    return replace(
+        recipe, num_epochs=num_epochs, batch_size=BATCH, model=model, augmentations=(Crop(2), Flip()), **changes
+    )
+
+
+def make_dataset(num_train=NUM_TRAIN, num_test=20):
+    """Four classes told apart by the brightness of a quadrant, in noise."""
+    rng = np.random.default_rng(0)
+
+    def split(n):
+        labels = np.arange(n) % 4
+        images = rng.integers(0, 120, (n, 16, 16, 3))
+        for image, label in zip(images, labels, strict=True):
+            y, x = 8 * (label // 2), 8 * (label % 2)
+            image[y : y + 8, x : x + 8] += 120
+        return images.astype(np.uint8), labels.astype(np.int32)
+
+    return jax.device_put(Dataset(*split(num_train), *split(num_test)))
+
+
+DATASET = make_dataset()
+
+
+def numbers(result):
+    """Everything but the times."""
+    return [info._replace(train_seconds=0.0) for info in result.epochs]
+
+
+@pytest.fixture(scope="module")
+def final_run():
+    """`final` and its run with key 0, compiled once for this file."""
+    recipe = small(final)
+    train = make_train(recipe, num_classes=4, driver="python")
+    return recipe, train, train(jax.random.key(0), DATASET)
+
+
+def test_same_key_same_numbers_bit_for_bit(final_run):
+    _, train, first = final_run
+    again, other = train(jax.random.key(0), DATASET), train(jax.random.key(1), DATASET)
+    assert numbers(again) == numbers(first)
+    chex.assert_trees_all_equal(again.state, first.state)
+    assert numbers(other) != numbers(first)
+    assert first.compile_seconds > again.compile_seconds
+
+
+def test_a_new_compilation_gives_the_same_numbers(final_run):
+    recipe, _, first = final_run
+    jax.clear_caches()
+    again = make_train(recipe, num_classes=4, driver="python")(jax.random.key(0), DATASET)
+    assert numbers(again) == numbers(first)
+
+
+def test_scan_and_python_drivers_agree(final_run):
+    """The loops differ in fusion only; nine steps keep that at rounding."""
+    recipe, _, first = final_run
+    scanned = make_train(recipe, num_classes=4, driver="scan")(jax.random.key(0), DATASET)
+    chex.assert_trees_all_close(scanned.state.params, first.state.params, rtol=1e-3, atol=1e-4)
+    assert int(scanned.state.step) == int(first.state.step) == 9
+    for a, b in zip(scanned.epochs, first.epochs, strict=True):
+        assert a.train_loss == pytest.approx(b.train_loss, rel=1e-4)
+        assert a.train_accuracy == b.train_accuracy
+
+
+def test_frozen_arrays_never_change(final_run):
+    recipe, _, result = final_run
+    functions = make_functions(recipe, 4, NUM_TRAIN)
+    start = jax.jit(functions.init)(jax.random.split(jax.random.key(0))[0], DATASET)
+    chex.assert_trees_all_equal(result.state.frozen, start.frozen)
+    assert set(result.state.frozen["prep"]["norm"]) == {"scale"}
+    frozen_shapes = {leaf.shape for leaf in jax.tree.leaves(start.frozen)}
+    assert (3, 3, 3, 27) in frozen_shapes
+    assert (3, 3, 3, 27) not in {jnp.shape(leaf) for leaf in jax.tree.leaves((start.opt_state, start.params))}
+
+
+def test_evaluation_uses_the_average(final_run):
+    _, _, result = final_run
+    variables = evaluated(result.state)
+    chex.assert_trees_all_equal(variables["params"], result.state.average["params"])
+    assert not np.array_equal(variables["params"]["linear"], result.state.params["linear"])
+
+
+def test_it_learns():
+    """100 steps of the baseline tell the quadrants apart; chance is 0.25."""
+    recipe = replace(small(baseline, num_epochs=20), augmentations=())
+    result = make_train(recipe, num_classes=4)(jax.random.key(0), make_dataset(160, 40))
+    assert result.epochs[-1].test_accuracy > 0.9
+    assert result.epochs[-1].train_loss < result.epochs[0].train_loss
+
+
+def test_one_epoch_sees_each_image_at_most_once(final_run):
+    """What the steps train on is the data set in the plan's order, augmented by the plan's choices."""
+    recipe, _, _ = final_run
+    bare = replace(recipe, augmentations=())
+    functions = make_functions(bare, 4, NUM_TRAIN)
+    state = functions.init(jax.random.key(0), DATASET)
+    plan = functions.plan(jax.random.key(1), jnp.int32(1), DATASET)
+    step = jax.jit(functions.train_batch)
+    _, totals = step(state, zero_totals(bare), DATASET, plan, jnp.int32(2))
+    ids = plan.order[2 * BATCH : 3 * BATCH]
+    images = (DATASET.train_images[ids].astype(jnp.float32) - jnp.array(bare.mean)[None, None, None]) / jnp.array(
+        bare.std
+    )[None, None, None]
+    _, info = jax.jit(functions.train_step)(state, Batch(images, DATASET.train_labels[ids]))
+    chex.assert_trees_all_close(totals, info, rtol=1e-5)
+    assert len(set(np.asarray(plan.order[: 3 * BATCH]).tolist())) == 3 * BATCH
+
+
+def test_plans_differ_from_epoch_to_epoch(final_run):
+    recipe, _, _ = final_run
+    plan = make_functions(recipe, 4, NUM_TRAIN).plan
+    first, second = (plan(jax.random.key(0), jnp.int32(epoch), DATASET) for epoch in (1, 2))
+    assert not np.array_equal(first.order, second.order)
+
+
+@pytest.mark.parametrize("driver", ["python", "scan"])
+def test_diverged_names_recipe_and_epoch(driver):
+    recipe = small(baseline)
+    recipe = replace(recipe, name="wild", optim=replace(recipe.optim, peak_lr=1e20))
+    seen = []
+    with pytest.raises(Diverged, match=r"wild diverged in epoch 1: .*lower optim.peak_lr") as caught:
+        make_train(recipe, num_classes=4, driver=driver)(jax.random.key(0), DATASET, on_epoch=seen.append)
+    assert seen == [] and len(caught.value.epochs) == 1
+    assert not np.isfinite(caught.value.epochs[0].train_loss)
+
+
+@pytest.mark.parametrize("compute_dtype", ["bfloat16", "float16"])
+def test_half_precision_keeps_float32_weights_and_stays_near(compute_dtype, final_run):
+    _, _, exact = final_run
+    result = make_train(small(final, compute_dtype=compute_dtype), num_classes=4)(jax.random.key(0), DATASET)
+    assert {leaf.dtype for leaf in jax.tree.leaves(result.state.params)} == {jnp.dtype("float32")}
+    assert result.epochs[0].train_loss == pytest.approx(exact.epochs[0].train_loss, rel=0.02)
+
+
+def test_callbacks(final_run):
+    _, train, first = final_run
+    epochs, steps = [], []
+    train(jax.random.key(0), DATASET, epochs.append, lambda epoch, step, totals: steps.append((epoch, step)))
+    assert [info.epoch for info in epochs] == [1, 2, 3]
+    assert steps == [(epoch, step) for epoch in (1, 2, 3) for step in (1, 2, 3)]
+
+
+def test_data_smaller_than_a_batch():
+    with pytest.raises(ValueError, match="batch_size 32 is larger than the 20 training images"):
+        make_train(small(final), num_classes=4)(jax.random.key(0), make_dataset(20))
+
+
+def test_faithful_merges_once_under_an_average_and_each_epoch_without():
+    norm = Norm(num_groups=4, faithful=True)
+    for recipe, merged in ((small(final), (True, False)), (small(final, average=None), (True, True))):
+        recipe = replace(recipe, model=replace(recipe.model, norm=norm))
+        functions = make_functions(recipe, 4, NUM_TRAIN)
+        state = functions.init(jax.random.key(0), DATASET)
+        vary = lambda stats: jax.tree.map(lambda s: s + jnp.arange(4.0)[:, None], stats)
+        state = state._replace(batch_stats=vary(state.batch_stats))
+        if recipe.average is not None:
+            state = state._replace(average={**state.average, "batch_stats": vary(state.average["batch_stats"])})
+        for epoch, expected in enumerate(merged, start=1):
+            mean = evaluated(functions.enter_evaluation(state, epoch))["batch_stats"]["prep"]["norm"]["mean"]
+            assert bool(jnp.all(mean == mean[:1])) == expected
+
+
+def test_state_is_arrays_only(final_run):
+    recipe, _, _ = final_run
+    state = jax.eval_shape(make_functions(recipe, 4, NUM_TRAIN).init, jax.random.key(0), DATASET)
+    assert all(hasattr(leaf, "dtype") for leaf in jax.tree.leaves(state))
+
+
+def lower_train_batch(recipe):
+    functions = make_functions(recipe, 4, NUM_TRAIN)
+    key = jax.random.key(0)
+    state = jax.eval_shape(functions.init, key, DATASET)
+    plan = jax.eval_shape(functions.plan, key, jnp.int32(1), DATASET)
+    arguments = (state, jax.eval_shape(lambda: zero_totals(recipe)), DATASET, plan, jnp.int32(0))
+    return jax.export.export(jax.jit(functions.train_batch), platforms=("cpu", "cuda"))(*arguments), arguments
+
+
+def test_final_step_exports_for_cpu_and_cuda_and_runs_here():
+    recipe = small(final)
+    exported, arguments = lower_train_batch(recipe)
+    assert set(exported.platforms) == {"cpu", "cuda"}
+    functions = make_functions(recipe, 4, NUM_TRAIN)
+    state = functions.init(jax.random.key(0), DATASET)
+    plan = functions.plan(jax.random.key(0), jnp.int32(1), DATASET)
+    arguments = (state, zero_totals(recipe), DATASET, plan, jnp.int32(0))
+    chex.assert_trees_all_close(exported.call(*arguments)[1], jax.jit(functions.train_batch)(*arguments)[1], rtol=1e-5)
+
+
+def test_a_fork_can_drive_the_step_itself(key):
+    """`train_step` is a pure function of a state and a batch: same arguments, same answer."""
+    functions = make_functions(small(final), 4, NUM_TRAIN)
+    state = functions.init(key, DATASET)
+    batch = Batch(jax.random.normal(key, (BATCH, 16, 16, 3)), jnp.arange(BATCH) % 4)
+    step = jax.jit(chex.assert_max_traces(functions.train_step, 1))
+    chex.assert_trees_all_equal(step(state, batch), step(state, batch))
+    assert isinstance(step(state, batch)[1], StepInfo)
