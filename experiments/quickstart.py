@@ -22,7 +22,7 @@ quickstart = replace(
     num_epochs=20,
     batch_size=64,
     mean=(77.9,) * 3,
-    std=(88.5,) * 3,
+    std=(82.5,) * 3,
     augmentations=(Crop(4),),
     model=replace(final.model, norm=replace(final.model.norm, num_groups=2)).with_width(16),
     tta=NoTTA(),

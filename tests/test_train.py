@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from experiments.bag_of_tricks import baseline, final
-from fastcifar_jax.augment import Crop, Flip
+from fastcifar_jax.augment import Crop, Flip, normalize
 from fastcifar_jax.model import Norm
 from fastcifar_jax.train import Diverged, evaluated, make_functions, make_train, zero_totals
 from fastcifar_jax.types import Batch, Dataset, StepInfo
@@ -118,9 +118,7 @@ def test_one_epoch_sees_each_image_at_most_once(final_run):
     step = jax.jit(functions.train_batch)
     _, totals = step(state, zero_totals(bare), DATASET, plan, jnp.int32(2))
     ids = plan.order[2 * BATCH : 3 * BATCH]
-    images = (DATASET.train_images[ids].astype(jnp.float32) - jnp.array(bare.mean)[None, None, None]) / jnp.array(
-        bare.std
-    )[None, None, None]
+    images = normalize(DATASET.train_images[ids], bare.mean, bare.std)
     _, info = jax.jit(functions.train_step)(state, Batch(images, DATASET.train_labels[ids]))
     chex.assert_trees_all_close(totals, info, rtol=1e-5)
     assert len(set(np.asarray(plan.order[: 3 * BATCH]).tolist())) == 3 * BATCH

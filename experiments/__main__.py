@@ -1,0 +1,7 @@
+"""`python -m experiments {list,show,run}`: the command line over the recipes in this folder."""
+
+from pathlib import Path
+
+from fastcifar_jax.cli import main
+
+main(folder=Path(__file__).parent)
