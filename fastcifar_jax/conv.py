@@ -1,14 +1,69 @@
-"""The one convolution of every model. The only file that may know platforms."""
+"""The one convolution of every model, the fastest safe way per platform. The only file that knows platforms.
 
+On GPUs and TPUs, and wherever nothing better is known to work, `lax.conv_general_dilated`. On x86-64 Linux CPUs the
+oneDNN library inside jaxlib, called directly, because XLA:CPU's own convolutions reach a tenth of its speed
+(`benchmarks/`). That call is internal to jaxlib, and a case that it does not support ends the process, so it is used
+only where a trial in another process has gone well: see `onednn_trial.py`.
+
+All three passes are the same call; what differs is which axis of which array it is told is the batch, the features or
+the space:
+
+    output           y[n h w k]  = sum_ijc x[n h+i w+j c] w[i j c k]
+    input gradient   the same, with w turned by 180 degrees and its channel axes exchanged in the description
+    weight gradient  w'[i j c k] = sum_nhw x[n h+i w+j c] g[n h w k]: a 3-D convolution of one "image", the volume
+                     (H, W, C) with n as its features, and a window of (H, W, 1)
+"""
+
+import ctypes
+import functools
+import json
+import os
+import platform
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, DTypeLike, Float
 
+from fastcifar_jax import onednn_trial
 from fastcifar_jax.types import Images
 
+Kernel = Float[Array, "height width inputs outputs"]
+Way = Literal["lax", "onednn"]
 
-def conv(
-    x: Images, kernel: Float[Array, "height width inputs outputs"], operand_dtype: DTypeLike | None = None
-) -> Images:
+_TARGET = "__onednn$convolution"
+_CHUNK = 32  # images whose transposed copy stays in the cache
+_SMALL_MAP_CHUNK = 128  # the same, for maps of up to 32 pixels
+
+
+def way() -> tuple[Way, str]:
+    """How convolutions are computed here, and why in a few words.
+
+    `FASTCIFAR_CONV=lax|onednn` forces a way, without a trial.
+
+    Raises:
+      ValueError: `FASTCIFAR_CONV` has another value.
+    """
+    forced = os.environ.get("FASTCIFAR_CONV")
+    if forced in ("lax", "onednn"):
+        return forced, f"forced by FASTCIFAR_CONV={forced}"
+    if forced:
+        raise ValueError(f"FASTCIFAR_CONV is {forced!r}; set it to lax or onednn, or unset it")
+    if jax.default_backend() != "cpu":
+        return "lax", f"the default backend is {jax.default_backend()}"
+    if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
+        return "lax", f"no oneDNN in jaxlib for {platform.system()} {platform.machine()}"
+    return _tried()
+
+
+@functools.cache
+def _tried() -> tuple[Way, str]:
+    works, reason = onednn_trial.outcome()
+    return ("onednn" if works else "lax"), reason
+
+
+def conv(x: Images, kernel: Kernel, operand_dtype: DTypeLike | None = None) -> Images:
     """Cross-correlation with stride 1 and zero padding to the same size.
 
     Args:
@@ -16,8 +71,175 @@ def conv(
       kernel: HWIO, odd height and width; a master copy in another dtype than `x` is cast.
       operand_dtype: dtype of both operands of the products; `x.dtype` when None. The result has `x.dtype`.
     """
-    dtype = x.dtype if operand_dtype is None else operand_dtype
-    y = lax.conv_general_dilated(
-        x.astype(dtype), kernel.astype(dtype), (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    dtype = jnp.dtype(x.dtype if operand_dtype is None else operand_dtype)
+    if _fits(x, kernel, dtype) and way()[0] == "onednn":
+        return onednn_conv(x, kernel, dtype)
+    return _lax_conv(x.astype(dtype), kernel.astype(dtype)).astype(x.dtype)
+
+
+def _fits(x, kernel, dtype) -> bool:
+    """Whether the call knows this case: what the trial has tried, and nothing more."""
+    known = {("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "float32")}  # operands, result
+    height, width, _, _ = kernel.shape
+    return (dtype.name, x.dtype.name) in known and height % 2 == 1 and width % 2 == 1 and x.size > 0 and kernel.size > 0
+
+
+def _lax_conv(x, kernel):
+    return lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+# The three passes are each other's derivatives, so any number of derivatives can be taken. The casts to the operands'
+# dtype lie inside, so that results and gradients come out in the caller's dtype without having been rounded to it.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def onednn_conv(x: Images, kernel: Kernel, dtype: jnp.dtype) -> Images:
+    """The convolution through oneDNN on CPUs and through lax elsewhere, in `x.dtype`, from operands in `dtype`."""
+    return lax.platform_dependent(
+        x.astype(dtype),
+        kernel.astype(dtype),
+        cpu=functools.partial(_onednn_forward, out_dtype=x.dtype),
+        default=lambda operand, kernel: _lax_conv(operand, kernel).astype(x.dtype),
     )
-    return y.astype(x.dtype)
+
+
+def _conv_and_residuals(x, kernel, dtype):
+    return onednn_conv(x, kernel, dtype), (x.astype(dtype), kernel)
+
+
+def _gradients_of_conv(dtype, residuals, cotangent):
+    x, kernel = residuals
+    to_x = onednn_conv(cotangent, _turned(kernel), dtype)
+    return to_x, weight_gradient(x, cotangent, kernel.shape[:2], dtype).astype(kernel.dtype)
+
+
+onednn_conv.defvjp(_conv_and_residuals, _gradients_of_conv)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def weight_gradient(x: Images, cotangent: Images, size: tuple[int, int], dtype: jnp.dtype) -> Kernel:
+    """The gradient with respect to a kernel of `size`, in float32, from operands in `dtype`."""
+    return lax.platform_dependent(
+        x.astype(dtype),
+        cotangent.astype(dtype),
+        cpu=functools.partial(_onednn_weight_gradient, size=size),
+        default=functools.partial(_lax_weight_gradient, size=size),
+    )
+
+
+def _weight_gradient_and_residuals(x, cotangent, size, dtype):
+    return weight_gradient(x, cotangent, size, dtype), (x, cotangent)
+
+
+def _gradients_of_weight_gradient(size, dtype, residuals, kernel):
+    x, cotangent = residuals
+    to_x = onednn_conv(cotangent.astype(kernel.dtype), _turned(kernel), dtype)
+    to_cotangent = onednn_conv(x.astype(kernel.dtype), kernel, dtype)
+    return to_x.astype(x.dtype), to_cotangent.astype(cotangent.dtype)
+
+
+weight_gradient.defvjp(_weight_gradient_and_residuals, _gradients_of_weight_gradient)
+
+
+def _turned(kernel):
+    """The kernel of the gradient with respect to the input: turned by 180 degrees, inputs and outputs exchanged."""
+    return kernel[::-1, ::-1].swapaxes(2, 3)
+
+
+def _lax_weight_gradient(x, cotangent, size):
+    kernel = jax.ShapeDtypeStruct((*size, x.shape[3], cotangent.shape[3]), x.dtype)
+    [gradient] = jax.linear_transpose(functools.partial(_lax_conv, x), kernel)(cotangent)
+    return gradient.astype(jnp.float32)
+
+
+def _onednn_forward(x, kernel, out_dtype):
+    height, width, _, features = kernel.shape
+    out = jax.ShapeDtypeStruct((*x.shape[:3], features), out_dtype)
+    images = (0, 3, 1, 2)
+    return _call(x, kernel, out, images, (2, 3, 0, 1), (height, width), (height // 2, width // 2))
+
+
+def _onednn_weight_gradient(x, cotangent, size):
+    batch, rows, columns, _ = x.shape
+    chunk = min(_SMALL_MAP_CHUNK if rows * columns <= 32 else _CHUNK, batch)
+    count = -(-batch // chunk)
+    if missing := count * chunk - batch:  # images of zeros add nothing
+        x, cotangent = (jnp.pad(a, ((0, missing), (0, 0), (0, 0), (0, 0))) for a in (x, cotangent))
+    if count == 1:
+        return _onednn_weight_gradient_of_chunk(x, cotangent, size)
+
+    def add(total, pair):
+        return total + _onednn_weight_gradient_of_chunk(*pair, size), None
+
+    chunks = tuple(a.reshape(count, chunk, *a.shape[1:]) for a in (x, cotangent))
+    total = jnp.zeros((*size, x.shape[3], cotangent.shape[3]), jnp.float32)
+    return lax.scan(add, total, chunks)[0]
+
+
+def _onednn_weight_gradient_of_chunk(x, cotangent, size):
+    (height, width), (_, rows, columns, inputs) = size, x.shape
+    volume, window = x.transpose(1, 2, 3, 0)[None], cotangent[:, :, :, None]
+    axes = (0, 4, 1, 2, 3)
+    out = jax.ShapeDtypeStruct((1, height, width, inputs, cotangent.shape[3]), jnp.float32)
+    return _call(volume, window, out, axes, axes, (rows, columns, 1), (height // 2, width // 2, 0))[0]
+
+
+def _call(x, kernel, out, axes, kernel_axes, window, padding):
+    """oneDNN's convolution.
+
+    Args:
+      x: the array that is convolved.
+      kernel: the array that it is convolved with.
+      out: shape and dtype of the result, laid out like `x`.
+      axes: of `x` and `out`: batch, features, then space.
+      kernel_axes: input features, output features, then space.
+      window: the kernel's size in space.
+      padding: on both sides, in space.
+    """
+    strings = lambda values: [str(value) for value in values]
+    ones = strings([1] * len(window))
+    data = {
+        "dims": str(len(axes)),
+        "data": {"batch_dim": str(axes[0]), "feature_dim": str(axes[1]), "spatial_dims": strings(axes[2:])},
+    }
+    filters = {
+        "input_feature_dim": str(kernel_axes[0]),
+        "output_feature_dim": str(kernel_axes[1]),
+        "spatial_dims": strings(kernel_axes[2:]),
+    }
+    config = {
+        "dims": str(len(axes)),
+        "feature_groups": "1",
+        "input": data,
+        "output": data,
+        "kernel": {"dims": str(len(kernel_axes)), "filter": filters},
+        "window": {
+            "size": strings(window),
+            "pad_left": strings(padding),
+            "pad_right": strings(padding),
+            "strides": ones,
+            "window_dilations": ones,
+        },
+    }
+    call = jax.ffi.ffi_call(
+        _TARGET,
+        out,
+        vmap_method="sequential",
+        custom_call_api_version=1,
+        legacy_backend_config=json.dumps({"onednn_conv_config": config}),
+    )
+    return call(x, kernel)
+
+
+def keep_freed_memory() -> bool:
+    """Tells glibc to reuse freed memory instead of giving it back to the system; whether it could be told.
+
+    XLA:CPU allocates its temporary arrays anew at every call, and faulting their pages in again costs several times
+    the work that is done on them. For the whole process; call it before the first computation.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):  # not glibc
+        return False
+    trim_threshold, mmap_max = -1, -4
+    return bool(mallopt(mmap_max, 0) and mallopt(trim_threshold, 2**31 - 1))

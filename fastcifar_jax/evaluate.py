@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Protocol
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -54,7 +55,7 @@ def evaluate(
     dtype=jnp.float32,
     chunk: int = 500,
 ) -> Evaluation:
-    """Mean loss and accuracy over a test set, plain and with test-time augmentation.
+    """Loss and correct answers over a test set, plain and with test-time augmentation.
 
     Args:
       predict: logits of normalised images; batch norm in evaluation mode, so that chunks do not matter.
@@ -71,15 +72,15 @@ def evaluate(
     def sums(pixels, labels):
         images = normalize(pixels, mean, std, dtype)
         plain, views = predict(images), tta(predict, images)
-        sums = (loss(plain, labels), num_correct(plain, labels), loss(views, labels), num_correct(views, labels))
-        return jnp.stack([jnp.sum(x).astype(jnp.float32) for x in sums])
+        return Evaluation(
+            loss(plain, labels).sum(), num_correct(plain, labels), loss(views, labels).sum(), num_correct(views, labels)
+        )
 
-    num_images = len(pixels)
-    whole = num_images - num_images % chunk
-    total = jnp.zeros(4)
+    whole = len(pixels) - len(pixels) % chunk
+    parts = []
     if whole:
         chunks = (pixels[:whole].reshape(-1, chunk, *pixels.shape[1:]), labels[:whole].reshape(-1, chunk))
-        total += lax.map(lambda c: sums(*c), chunks).sum(0)
-    if whole < num_images:
-        total += sums(pixels[whole:], labels[whole:])
-    return Evaluation(*(total / num_images))
+        parts.append(jax.tree.map(lambda x: x.sum(0), lax.map(lambda c: sums(*c), chunks)))
+    if whole < len(pixels):
+        parts.append(sums(pixels[whole:], labels[whole:]))
+    return jax.tree.map(lambda *x: sum(x), *parts)

@@ -35,4 +35,4 @@ class CrossEntropy:
 
 def num_correct(logits: Logits, labels: Labels) -> Array:
     """How many rows have their largest logit at the label (int32 scalar; the first of equal logits counts)."""
-    return jnp.sum(jnp.argmax(logits, -1) == labels, dtype=jnp.int32)
+    return jnp.sum(jnp.argmax(logits, -1).astype(labels.dtype) == labels, dtype=jnp.int32)

@@ -1,6 +1,7 @@
 """Networks as a pair of pure functions. The only importer of flax."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, Protocol, get_args
 
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
 from fastcifar_jax.conv import conv
+from fastcifar_jax.pooling import max_pool
 from fastcifar_jax.types import Images, Logits, Params
 from fastcifar_jax.whitening import whitening_filters
 
@@ -27,6 +29,7 @@ class Precision(NamedTuple):
 
 PRECISIONS = {
     "float32": Precision(jnp.float32, jnp.float32, jnp.float32),
+    "mixed": Precision(jnp.float32, jnp.float32, jnp.bfloat16),
     "bfloat16": Precision(jnp.float32, jnp.bfloat16, jnp.bfloat16),
     "float16": Precision(jnp.float32, jnp.float16, jnp.float16),
     "float64": Precision(jnp.float64, jnp.float64, jnp.float64),  # needs jax_enable_x64; for comparisons
@@ -84,7 +87,20 @@ class Celu:
 
     def __call__(self, x: Array) -> Array:
         """Elementwise."""
-        return nn.celu(x, self.alpha)
+        return _celu(x, self.alpha)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _celu(x, alpha):
+    return nn.celu(x, alpha)
+
+
+def _celu_gradient(alpha, y, cotangent):
+    """The slope as a function of the value, which is kept anyway: 1 above 0, exp(x / alpha) = y / alpha + 1 below."""
+    return (cotangent * (jnp.minimum(y, 0) / alpha + 1),)
+
+
+_celu.defvjp(lambda x, alpha: (_celu(x, alpha),) * 2, _celu_gradient)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,7 +183,7 @@ class ResNet9:
 
 def _linen_model(net: nn.Module, merge_on_evaluation: bool) -> Model:
     def init(key, images):
-        variables = net.init(key, images, train=True)
+        variables = net.init(key, images, train=False)  # so that any number of images will do
         return {name: variables.get(name, {}) for name in ("params", "frozen", "batch_stats")}
 
     def apply(variables, images, train):
@@ -207,10 +223,6 @@ def _torch_uniform(key, shape, dtype):
     return nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")(key, shape, dtype)
 
 
-def _max_pool(x: Images, size: int) -> Images:
-    return nn.max_pool(x, (size, size), strides=(size, size))  # flax's default stride is 1
-
-
 class _Conv(nn.Module):
     features: int
     size: int
@@ -239,7 +251,7 @@ class _Whiten(nn.Module):
 
 
 class _GhostBatchNorm(nn.Module):
-    """Statistics are computed in float32 at least, and centred: `E[x^2] - E[x]^2` loses digits."""
+    """Statistics are computed and kept in the dtype of the weights, float32 at least."""
 
     config: Norm
     precision: Precision
@@ -264,11 +276,10 @@ class _GhostBatchNorm(nn.Module):
             mean = grouped.mean((0, 2, 3))
             centred = grouped - _over_maps(mean)
             var = jnp.square(centred).mean((0, 2, 3))
-            if not self.is_initializing():
-                size = batch // groups * height * width
-                keep, unbiased = config.momentum, size / max(size - 1, 1)
-                running_mean.value = keep * running_mean.value + (1 - keep) * mean
-                running_var.value = keep * running_var.value + (1 - keep) * unbiased * var
+            size = batch // groups * height * width
+            keep, unbiased = config.momentum, size / max(size - 1, 1)
+            running_mean.value = keep * running_mean.value + (1 - keep) * mean
+            running_var.value = keep * running_var.value + (1 - keep) * unbiased * var
         else:
             merge = (lambda s: s[:1]) if config.faithful else (lambda s: s.mean(0, keepdims=True))
             mean, var = merge(running_mean.value), merge(running_var.value)
@@ -299,7 +310,7 @@ class _Block(nn.Module):
             elif layer == "act":
                 x = self.config.activation(x)
             else:
-                x = _max_pool(x, 2)
+                x = max_pool(x, (2, 2))
         return x
 
 
@@ -337,7 +348,7 @@ class _ResNet9(nn.Module):
         x = _Block(config, config.channels[0], precision, size=prep_size, name="prep")(x, train)
         for i, features in enumerate(config.channels[1:], start=1):
             x = _Layer(config, features, precision, name=f"layer{i}")(x, train)
-        x = x.max((1, 2))  # 4x4 for images of 32x32
+        x = max_pool(x, x.shape[1:3]).reshape(len(x), -1)  # 4x4 for images of 32x32
         kernel = self.param("linear", _torch_uniform, (x.shape[-1], self.num_classes), precision.params)
         self.sow("macs", "linear", kernel.size)
         logits = jnp.dot(x.astype(precision.operands), kernel.astype(precision.operands))

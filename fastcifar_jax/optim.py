@@ -39,7 +39,10 @@ def scale_by_schedule_of_epochs(schedule: Schedule, steps_per_epoch: int) -> opt
     `optax.scale_by_learning_rate` counts from 0; the original increments its step before it looks the rate up
     (`[BoT c10]`), so a schedule that ends at 0 makes the very last step with rate 0.
     """
-    return optax.scale_by_learning_rate(lambda count: schedule((count + 1) / steps_per_epoch))
+    # An int32 count divided by a Python number would be float32 even in 64-bit mode.
+    return optax.scale_by_learning_rate(
+        lambda count: schedule((count + 1).astype(jnp.result_type(float)) / steps_per_epoch)
+    )
 
 
 def nesterov(

@@ -56,7 +56,8 @@ class Recipe:
       optim: builds the optax transformation, which receives the gradient of the mean loss.
       average: of the weights; evaluation uses it when there is one.
       tta: views of a test image.
-      compute_dtype: "float32", "bfloat16", "float16" or "float64"; the weights are kept in float32 at least.
+      compute_dtype: "float32", "mixed" (bfloat16 operands in convolutions and the head, float32 between them),
+        "bfloat16", "float16" or "float64"; the weights are kept in float32 at least.
       init_images: how many training images, from the first on, the network's initialisation sees.
       published: figures of the source; not part of the hash.
 

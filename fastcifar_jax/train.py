@@ -179,6 +179,39 @@ def default_driver() -> Driver:
     return "python" if jax.default_backend() == "cpu" else "scan"
 
 
+class Shapes(NamedTuple):
+    """Shapes and dtypes of what a run's functions take."""
+
+    key: jax.ShapeDtypeStruct
+    index: jax.ShapeDtypeStruct
+    state: TrainState
+    totals: StepInfo
+    plan: EpochPlan
+
+
+def shapes_of(functions: Functions, recipe: Recipe, dataset: Dataset) -> Shapes:
+    """Traces `init` and `plan` without compiling them."""
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    index = jax.ShapeDtypeStruct((), jnp.int32)
+    state = jax.eval_shape(functions.init, key, dataset)
+    plan = jax.eval_shape(functions.plan, key, index, dataset)
+    return Shapes(key, index, state, jax.eval_shape(lambda: zero_totals(recipe)), plan)
+
+
+def check(recipe: Recipe, num_classes: int, dataset: Dataset) -> None:
+    """Traces a whole run without compiling it, in a fraction of a second.
+
+    Raises:
+      ValueError: a recipe that does not fit the data or the machine.
+    """
+    if recipe.compute_dtype == "float64" and not jax.config.jax_enable_x64:
+        raise ValueError("float64 needs JAX's 64-bit mode; set the environment variable JAX_ENABLE_X64=1")
+    functions = make_functions(recipe, num_classes, len(dataset.train_labels))
+    shapes = shapes_of(functions, recipe, dataset)
+    jax.eval_shape(functions.train_batch, shapes.state, shapes.totals, dataset, shapes.plan, shapes.index)
+    jax.eval_shape(functions.evaluate, shapes.state, dataset)
+
+
 class Programs(NamedTuple):
     """A recipe's functions compiled for one data set's shapes."""
 
@@ -204,10 +237,7 @@ def compile_programs(recipe: Recipe, num_classes: int, dataset: Dataset, driver:
     """
     functions = make_functions(recipe, num_classes, len(dataset.train_labels))
     steps_per_epoch = len(dataset.train_labels) // recipe.batch_size
-    index = jax.ShapeDtypeStruct((), jnp.int32)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    state = jax.eval_shape(functions.init, key, dataset)
-    plan = jax.eval_shape(functions.plan, key, index, dataset)
+    key, index, state, totals, plan = shapes_of(functions, recipe, dataset)
 
     if driver == "scan":
         program = jax.jit(functions.train_epoch, donate_argnums=0).lower(state, dataset, plan).compile()
@@ -217,7 +247,6 @@ def compile_programs(recipe: Recipe, num_classes: int, dataset: Dataset, driver:
             return program(state, dataset, plan)
 
     else:
-        totals = jax.eval_shape(lambda: zero_totals(recipe))
         step = jax.jit(functions.train_batch, donate_argnums=(0, 1))
         program = step.lower(state, totals, dataset, plan, index).compile()
 
@@ -250,8 +279,9 @@ def make_train(recipe: Recipe, num_classes: int = 10, driver: Driver | None = No
       driver: "python" calls a compiled step, "scan" a compiled epoch; None picks by platform.
 
     Returns:
-      `train(key, dataset, on_epoch=None, on_step=None) -> RunResult`. `on_epoch` is called with each finished
-      `EpochInfo`; `on_step(epoch, step, totals)` by the "python" driver after each step. The first call compiles,
+      `train(key, dataset, on_epoch=None, on_step=None, on_compiled=None) -> RunResult`. `on_epoch` is called with
+      each finished `EpochInfo`; `on_step(epoch, step, totals)` by the "python" driver after each step;
+      `on_compiled(seconds)` before the first. The first call compiles,
       later ones with data of the same shapes do not. `train` raises `Diverged` at the end of an epoch whose loss is
       not finite, and ValueError for a recipe that does not fit the data.
     """
@@ -263,13 +293,17 @@ def make_train(recipe: Recipe, num_classes: int = 10, driver: Driver | None = No
         dataset: Dataset,
         on_epoch: Callable[[EpochInfo], None] | None = None,
         on_step: Callable[[int, int, StepInfo], None] | None = None,
+        on_compiled: Callable[[float], None] | None = None,
     ) -> RunResult:
-        start = time.perf_counter()
         shapes = tuple((a.shape, str(a.dtype)) for a in dataset)
+        compile_seconds = 0.0
         if shapes not in compiled:
+            start = time.perf_counter()
             compiled[shapes] = compile_programs(recipe, num_classes, dataset, driver)
+            compile_seconds = time.perf_counter() - start
         programs = compiled[shapes]
-        compile_seconds = time.perf_counter() - start
+        if on_compiled is not None:
+            on_compiled(compile_seconds)
 
         key_init, key_data = jax.random.split(key)
         start = time.perf_counter()
@@ -285,9 +319,9 @@ def make_train(recipe: Recipe, num_classes: int = 10, driver: Driver | None = No
             state, totals = jax.block_until_ready(programs.train_epoch(state, dataset, plan, step_seen))
             seconds = time.perf_counter() - start
             state = programs.enter_evaluation(state, epoch)
-            loss, accuracy = float(totals.loss) / num_images, int(totals.correct) / num_images
-            evaluation = programs.evaluate(state, dataset)
-            epochs.append(EpochInfo(epoch, seconds, loss, accuracy, *(float(x) for x in evaluation)))
+            loss, accuracy = (x.item() / num_images for x in totals)
+            test = [x.item() / len(dataset.test_labels) for x in programs.evaluate(state, dataset)]
+            epochs.append(EpochInfo(epoch, seconds, loss, accuracy, *test))
             if not (math.isfinite(loss) and math.isfinite(epochs[-1].test_loss)):
                 raise Diverged(recipe.name, tuple(epochs))
             if on_epoch is not None:

@@ -46,16 +46,16 @@ class StepInfo(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """Means over the test set, of the plain images and with test-time augmentation; accuracies as fractions."""
+    """Sums over the test set, of the plain images and with test-time augmentation."""
 
     test_loss: Float[Array, ""]
-    test_accuracy: Float[Array, ""]
+    test_correct: Int[Array, ""]
     tta_loss: Float[Array, ""]
-    tta_accuracy: Float[Array, ""]
+    tta_correct: Int[Array, ""]
 
 
 class EpochInfo(NamedTuple):
-    """One row of the epoch table, as Python numbers."""
+    """One row of the epoch table, as Python numbers: means over the images, accuracies as fractions."""
 
     epoch: int  # 1-based
     train_seconds: float  # of this epoch alone

@@ -185,7 +185,7 @@ def test_evaluation_leaves_statistics_and_does_not_mix_images(key):
 def test_batch_that_ghost_groups_do_not_divide(key):
     model = ResNet9(**SMALL, norm=Norm(num_groups=4))(10)
     with pytest.raises(ValueError, match="batch of 6 images is not 4 equal ghost groups"):
-        model.init(key, images_of(6, 8))
+        model.apply(model.init(key, images_of(6, 8)), images_of(6, 8), True)
 
 
 @pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16", "float16"])

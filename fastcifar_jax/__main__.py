@@ -1,0 +1,5 @@
+"""`python -m fastcifar_jax`."""
+
+from fastcifar_jax.cli import main
+
+main()

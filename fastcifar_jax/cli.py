@@ -1,0 +1,190 @@
+"""The commands; knows where experiments are found, nothing about any of them."""
+
+import contextlib
+import dataclasses
+import functools
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+import click
+
+from fastcifar_jax import conv, discover, records, report, runs
+from fastcifar_jax.model import PRECISIONS
+from fastcifar_jax.recipe import Recipe, override
+from fastcifar_jax.records import Record, RecordError
+from fastcifar_jax.runs import Job
+from fastcifar_jax.train import Driver, check, default_driver
+
+
+class Invocation(NamedTuple):
+    """What every command knows."""
+
+    folder: Path | None  # of the experiments
+    arguments: tuple[str, ...]
+
+
+def main(argv: Sequence[str] | None = None, folder: Path | None = None) -> NoReturn:
+    """Runs a command and exits: 0 done, 1 a run that diverged or crashed, 2 bad names or values, 130 interrupted.
+
+    Args:
+      argv: the arguments; those of the process when None.
+      folder: a package of modules with RECIPES; None takes the package `experiments` where it can be imported.
+    """
+    arguments = tuple(sys.argv[1:] if argv is None else argv)
+    program = f"python -m {folder.name if folder else 'fastcifar_jax'}"
+    invocation = Invocation(folder or discover.default_folder(), arguments)
+    try:
+        status = commands.main(arguments or ("--help",), program, standalone_mode=False, obj=invocation)
+    except click.Abort:
+        status = _error("interrupted", 130)
+    except click.ClickException as error:
+        status = _error(error.format_message(), 2)
+    except RecordError as error:
+        status = _error(str(error), 1)
+    sys.exit(status or 0)
+
+
+def _error(message: str, status: int) -> int:
+    print("error:", " ".join(message.split()), file=sys.stderr)
+    return status
+
+
+@contextlib.contextmanager
+def _refusals(name: str = "") -> Iterator[None]:
+    """A ValueError from building a recipe or reading data is the user's to mend: one line instead of a traceback."""
+    try:
+        yield
+    except ValueError as error:
+        raise click.UsageError(f"{name}: {error}".removeprefix(": ")) from error
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def commands() -> None:
+    """Trains and compares recipes for CIFAR-10."""
+
+
+@commands.command("list")
+@click.pass_obj
+def list_command(invocation: Invocation) -> None:
+    """Shows every experiment with its epochs and its published accuracy and time."""
+    with _refusals():
+        experiments = discover.find_experiments(invocation.folder)
+    console = report.make_console()
+    for title in dict.fromkeys(experiment.title for experiment in experiments):
+        console.print(title, style="bold", soft_wrap=True)
+        console.print(report.ladder([e.recipe for e in experiments if e.title == title]))
+    console.print("published: mean test accuracy of so many runs, TTA with test-time augmentation; V100: training time")
+
+
+@commands.command()
+@click.argument("name")
+@click.pass_obj
+def show(invocation: Invocation, name: str) -> None:
+    """Shows the whole recipe NAME, its difference from its predecessor, its parameters and MACs."""
+    console = report.make_console()
+    with _refusals():
+        for experiment in discover.resolve((name,), invocation.folder):
+            for part in report.details(experiment.recipe, experiment.predecessor):
+                console.print(part, soft_wrap=isinstance(part, str))
+
+
+def parse_seeds(text: str) -> range:
+    """Seeds 0 to 4 of "5", seeds 3 to 9 of "3-9".
+
+    Raises:
+      ValueError: neither, or no seed.
+    """
+    first, dash, last = text.partition("-")
+    if first.isdecimal() and (last.isdecimal() if dash else True):
+        seeds = range(int(first), int(last) + 1) if dash else range(int(first))
+        if len(seeds) and seeds[-1] < 2**32:  # JAX drops the higher bits of a seed
+            return seeds
+    raise ValueError(f"{text!r} names no seeds; give a count such as 5 (seeds 0 to 4) or a range such as 0-9")
+
+
+def _seeds_option(context, parameter, value):
+    try:
+        return parse_seeds(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error), context, parameter) from error
+
+
+@commands.command()
+@click.argument("names", metavar="NAME...", nargs=-1, required=True)
+@click.option("--data", metavar="SOURCE", help="A data set's name or a path; else $FASTCIFAR_DATA; else cifar10.")
+@click.option("--seeds", default="1", show_default=True, callback=_seeds_option, help="A count, or a range: 0-9.")
+@click.option("--epochs", type=int, help="Moves the schedule's knots along; applied after --set.")
+@click.option("--limit-train", type=int, metavar="N", help="Train on the first N images only.")
+@click.option("--width", type=int, help="Channels of the first layer; the others keep their ratios.")
+@click.option("--dtype", type=click.Choice(tuple(PRECISIONS)), help="The compute dtype.")
+@click.option("--set", "assignments", multiple=True, metavar="NAME=VALUE", help="Any value that `show` shows; repeats.")
+@click.option("--driver", type=click.Choice(("python", "scan")), help="The training loop; default by platform.")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), default="runs", show_default=True)
+@click.option("--again", is_flag=True, help="Also run what is on record as finished or diverged.")
+@click.pass_obj
+def run(
+    invocation: Invocation,
+    names: tuple[str, ...],
+    data: str | None,
+    seeds: range,
+    epochs: int | None,
+    limit_train: int | None,
+    width: int | None,
+    dtype: str | None,
+    assignments: tuple[str, ...],
+    driver: Driver | None,
+    out: Path,
+    again: bool,
+) -> int:
+    """Trains recipes: NAME is one that `list` shows, or the path of a Python file with a RECIPE or RECIPES.
+
+    Every seed leaves a record under --out; those that have one are skipped.
+    """
+    console = report.make_console()
+    conv.keep_freed_memory()
+    driver = driver or default_driver()
+    load_once = functools.cache(lambda source: runs.load_data(source, limit_train, console))
+    jobs = []
+    with _refusals():
+        for experiment in discover.resolve(names, invocation.folder):
+            with _refusals(experiment.recipe.name):
+                recipe = change(experiment.recipe, assignments, epochs, width, dtype)
+            loaded = load_once(data or os.environ.get("FASTCIFAR_DATA") or experiment.data or "cifar10")
+            with _refusals(recipe.name):
+                check(recipe, len(loaded.info.classes), loaded.dataset)
+            as_published = loaded.info.source == "cifar10" and limit_train is None and recipe == experiment.recipe
+            on_record = {seed: None if again else runs.on_record(out, recipe, loaded, seed) for seed in seeds}
+            jobs.append(Job(recipe, experiment.path, as_published, loaded, on_record))
+        records.make_folder(out)
+
+    known = {id(record) for job in jobs for record in job.seeds.values()}
+    ended: list[Record] = []
+    interrupted = ""
+    try:
+        for job in jobs:
+            runs.run_job(job, ended, console, out, driver, invocation.arguments)
+    except KeyboardInterrupt:
+        interrupted = "interrupted: "
+    finally:
+        skipped = sum(id(record) in known for record in ended)
+        counts = report.counts_line(ended, len(jobs) * len(seeds), skipped)
+        console.print(f"{interrupted}{counts}; records in {out}", soft_wrap=True)
+    return 130 if interrupted else int(any(record.status == "diverged" for record in ended))
+
+
+def change(
+    recipe: Recipe, assignments: Sequence[str], epochs: int | None, width: int | None, dtype: str | None
+) -> Recipe:
+    """The recipe with the options of `run` applied, the assignments first.
+
+    Raises:
+      ValueError: an unknown name or an impossible value.
+    """
+    for assignment in assignments:
+        recipe = override(recipe, assignment)
+    changes = {"num_epochs": epochs, "compute_dtype": dtype}
+    changes["model"] = None if width is None else recipe.model.with_width(width)
+    return dataclasses.replace(recipe, **{name: value for name, value in changes.items() if value is not None})

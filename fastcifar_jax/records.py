@@ -1,0 +1,278 @@
+"""One run = one JSON file, written whole or not at all, and its DAWNBench log beside it."""
+
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import json
+import math
+import os
+import platform
+import re
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from fastcifar_jax import __version__
+from fastcifar_jax.types import EpochInfo
+
+STATUSES = ("finished", "diverged", "crashed")
+RESULT = (
+    "test_accuracy", "tta_accuracy", "train_seconds", "setup_seconds", "transfer_seconds", "compile_seconds",
+    "images_per_second",
+)  # fmt: skip
+
+
+class RecordError(ValueError):
+    """A record that cannot be read or written; the message names the file and the fault."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """What is known about one run; the fields are the keys of its file.
+
+    Attributes:
+      experiment: name of the recipe.
+      framework: that trained it.
+      recipe: dotted names and their values, as in `recipe.flatten`.
+      recipe_repr: the recipe as a Python expression.
+      recipe_hash: names everything in the recipe but its name.
+      seed: of the run's key.
+      status: "finished", "diverged" or "crashed".
+      error: what went wrong; None for a finished run.
+      data: its source and hash, and the numbers of train and test images.
+      device: kind, platform and count of the accelerators, model and usable cores of the CPU.
+      versions: of Python and of the packages that matter.
+      source_hash: of the package's and the experiment's source text.
+      conv: which convolution was used.
+      driver: "python" or "scan".
+      command: the arguments of the command line.
+      started: UTC, ISO 8601.
+      epochs: the epoch table; accuracies as fractions, not finite numbers as null in the file.
+      result: accuracies as fractions, seconds and images per second; None unless finished. `train_seconds` counts
+        the transfer of the data to the device, the setup and the epochs, but neither compiling nor evaluating.
+    """
+
+    experiment: str
+    framework: str
+    recipe: dict[str, Any]
+    recipe_repr: str
+    recipe_hash: str
+    seed: int
+    status: str
+    error: str | None
+    data: dict[str, Any]
+    device: dict[str, Any]
+    versions: dict[str, str]
+    source_hash: str
+    conv: str
+    driver: str
+    command: tuple[str, ...]
+    started: str
+    epochs: tuple[EpochInfo, ...]
+    result: dict[str, float] | None
+
+
+def path_of(out: Path, experiment: str, recipe_hash: str, data_hash: str, seed: int) -> Path:
+    """Where the record of a run is kept."""
+    folder = re.sub(r"[^\w.-]", "_", experiment).lstrip(".") or "_"
+    return out / folder / f"{recipe_hash}-{data_hash[:8]}-seed{seed}.json"
+
+
+def make_folder(out: Path) -> None:
+    """Makes the folder of all records.
+
+    Raises:
+      RecordError: it cannot be made or written to.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if not os.access(out, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, "not writable")
+    except OSError as error:
+        raise RecordError(f"cannot write records to {out}: {error.strerror}; choose another --out") from error
+
+
+def write(record: Record, out: Path, *, tta: bool = False) -> Path:
+    """Writes a record, and for a finished run the DAWNBench log beside it.
+
+    Args:
+      record: replaces an earlier one of the same run.
+      out: folder of all records; made if need be.
+      tta: whether the log takes the accuracies with test-time augmentation.
+
+    Returns:
+      The path of the JSON file.
+
+    Raises:
+      RecordError: it cannot be written; what was there before is still there.
+    """
+    path = path_of(out, record.experiment, record.recipe_hash, record.data["hash"], record.seed)
+    fields = {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
+    fields["epochs"] = [epoch._asdict() for epoch in record.epochs]
+    text = json.dumps(_jsonable(fields), indent=1, allow_nan=False) + "\n"
+    log = path.with_suffix(".tsv")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if record.status == "finished":
+            _write_whole({log: dawnbench_log(record, tta), path: text})
+        else:
+            _write_whole({path: text})
+            log.unlink(missing_ok=True)
+    except OSError as error:
+        raise RecordError(
+            f"cannot write {path}: {error.strerror or error}; make room or choose another --out"
+        ) from error
+    return path
+
+
+def read(path: Path) -> Record:
+    """The record in a file; numbers that were not finite are NaN.
+
+    Raises:
+      RecordError: the file cannot be read or is no record.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        fields = json.loads(text, parse_constant=lambda name: _fault(f"{name} is not JSON"))
+        return _record(fields)
+    except OSError as error:
+        fault = error.strerror or str(error)
+    except (ValueError, RecursionError) as error:  # of the JSON, of the encoding, and of `_fault`
+        fault = str(error)
+    raise RecordError(f"{path} is no record of a run: {fault}; move it away or delete it")
+
+
+def find(out: Path, **wanted: Any) -> dict[Path, Record]:
+    """The records under `out`, by path: `find(out, experiment="final", status="finished")`.
+
+    Args:
+      out: folder of all records; none are found where it does not exist.
+      **wanted: fields of `Record` and the values that they must have.
+
+    Raises:
+      RecordError: a JSON file under `out` is no record.
+    """
+    records = {path: read(path) for path in sorted(out.glob("*/*.json"))}
+    matches = lambda record: all(getattr(record, name) == value for name, value in wanted.items())
+    return {path: record for path, record in records.items() if matches(record)}
+
+
+def dawnbench_log(record: Record, tta: bool) -> str:
+    """Section 7.10 of the specification: one line an epoch, hours of training and test accuracy in percent.
+
+    The hours count what `train_seconds` counts, so the last line's are those of the result.
+    """
+    seconds = record.result["transfer_seconds"] + record.result["setup_seconds"]
+    lines = ["epoch\thours\ttop1Accuracy"]
+    for epoch in record.epochs:
+        seconds += epoch.train_seconds
+        accuracy = epoch.tta_accuracy if tta else epoch.test_accuracy
+        lines.append(f"{epoch.epoch}\t{seconds / 3600:.8f}\t{100 * accuracy:.2f}")
+    return "\n".join(lines)
+
+
+def device() -> dict[str, Any]:
+    """The machine that JAX computes on."""
+    first = jax.devices()[0]
+    return {
+        "kind": first.device_kind,
+        "platform": first.platform,
+        "count": jax.device_count(),
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that a number may depend on."""
+    packages = {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")}
+    return {"python": platform.python_version(), **packages, "fastcifar_jax": __version__}
+
+
+def source_hash(experiment: Path) -> str:
+    """SHA-256, in hexadecimal, of the package's source files and the experiment's."""
+    digest = hashlib.sha256()
+    for path in (*sorted(Path(__file__).parent.glob("*.py")), experiment):
+        text = path.read_bytes()
+        digest.update(f"{path.name} {len(text)}\n".encode() + text)
+    return digest.hexdigest()
+
+
+def _write_whole(texts):
+    """Puts texts into files, all or none: a disk that fills up does so before the first is put in its place."""
+    temporaries = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in texts}
+    try:
+        for path, text in texts.items():
+            with temporaries[path].open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+        for path, temporary in temporaries.items():
+            os.replace(temporary, path)
+    except BaseException:
+        for temporary in temporaries.values():
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+        raise
+
+
+def _jsonable(value):
+    if isinstance(value, dict):
+        return {str(key): _jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_jsonable(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    # A recipe may hold any value; what JSON does not know is kept as text.
+    return value if value is None or isinstance(value, str | int) else repr(value)
+
+
+def _record(fields):
+    """`fields` as a `Record`, if they have its names and types."""
+    if not isinstance(fields, dict):
+        _fault(f"expected an object, got {type(fields).__name__}")
+    annotated = {field.name: field.type for field in dataclasses.fields(Record)}
+    if missing := sorted(annotated.keys() - fields.keys()):
+        _fault(f"it lacks {', '.join(missing)}")
+    for name, hint in annotated.items():
+        if name not in ("epochs", "command"):
+            kinds = dict | None if name == "result" else getattr(hint, "__origin__", hint)
+            if not isinstance(fields[name], kinds) or isinstance(fields[name], bool):
+                _fault(f"{name} is {fields[name]!r:.80}")
+    if fields["status"] not in STATUSES:
+        _fault(f"status is {fields['status']!r:.80}; expected one of {', '.join(STATUSES)}")
+    if (fields["status"] == "finished") != (fields["result"] is not None):
+        _fault(f"status is {fields['status']} and result is {fields['result']!r:.80}")
+    if missing := {"source", "hash", "train", "test"} - fields["data"].keys():
+        _fault(f"data lacks {', '.join(sorted(missing))}")
+    epochs = fields["epochs"]
+    if not isinstance(epochs, list) or not isinstance(fields["command"], list):
+        _fault("epochs and command must be lists")
+    rows = tuple(EpochInfo(**_numbers(row, EpochInfo._fields, "a row of epochs")) for row in epochs)
+    result = None if fields["result"] is None else _numbers(fields["result"], RESULT, "result")
+    known = {name: fields[name] for name in annotated}
+    return Record(**{**known, "epochs": rows, "command": tuple(fields["command"]), "result": result})
+
+
+def _numbers(row, names, what):
+    """The `names` of `row`, which must be numbers or null."""
+    if not isinstance(row, dict) or not all(name in row for name in names):
+        _fault(f"{what} is {row!r:.80}; expected {', '.join(names)}")
+    if bad := [name for name in names if row[name] is not None and type(row[name]) not in (int, float)]:
+        _fault(f"{bad[0]} in {what} is {row[bad[0]]!r:.80}; expected a number or null")
+    return {name: math.nan if row[name] is None else row[name] for name in names}
+
+
+def _fault(message):
+    raise ValueError(message)
+
+
+def _cpu_model():
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
