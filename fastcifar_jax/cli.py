@@ -1,8 +1,8 @@
 """The commands; knows where experiments are found, nothing about any of them."""
 
 import contextlib
-import dataclasses
 import functools
+import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -11,9 +11,9 @@ from typing import NamedTuple, NoReturn
 
 import click
 
-from fastcifar_jax import conv, discover, records, report, runs
+from fastcifar_jax import bench, conv, discover, records, report, runs
 from fastcifar_jax.model import PRECISIONS
-from fastcifar_jax.recipe import Recipe, override
+from fastcifar_jax.recipe import change
 from fastcifar_jax.records import Record, RecordError
 from fastcifar_jax.runs import Job
 from fastcifar_jax.train import Driver, check, default_driver
@@ -175,16 +175,74 @@ def run(
     return 130 if interrupted else int(any(record.status == "diverged" for record in ended))
 
 
-def change(
-    recipe: Recipe, assignments: Sequence[str], epochs: int | None, width: int | None, dtype: str | None
-) -> Recipe:
-    """The recipe with the options of `run` applied, the assignments first.
+@commands.command("bench")
+@click.argument("names", metavar="[NAME...]", nargs=-1)
+@click.option("--against", type=click.Choice(("torch",)), help="Also time the PyTorch twin (extra: compare).")
+@click.option("--data", metavar="SOURCE", help="A data set's name or a path; else $FASTCIFAR_DATA; else cifar10.")
+@click.option("--limit-train", type=int, default=10_000, show_default=True, metavar="N", help="Images to draw from.")
+@click.option("--width", type=int, help="Channels of the first layer; the others keep their ratios.")
+@click.option("--dtype", "dtypes", multiple=True, type=click.Choice(tuple(PRECISIONS)), help="Repeats. [mixed]")
+@click.option("--set", "assignments", multiple=True, metavar="NAME=VALUE", help="Any value that `show` shows; repeats.")
+@click.option("--rounds", type=click.IntRange(bench.MIN_ROUNDS), default=7, show_default=True)
+@click.option("--json", "out", type=click.Path(dir_okay=False, path_type=Path), help="Also write the result there.")
+@click.pass_obj
+def bench_command(
+    invocation: Invocation,
+    names: tuple[str, ...],
+    against: str | None,
+    data: str | None,
+    limit_train: int,
+    width: int | None,
+    dtypes: tuple[str, ...],
+    assignments: tuple[str, ...],
+    rounds: int,
+    out: Path | None,
+) -> None:
+    """Times whole training steps of recipes, final and baseline by default, beside PyTorch's in one run."""
+    console = report.make_console()
+    source = data or os.environ.get("FASTCIFAR_DATA") or "cifar10"
+    jobs = []
+    with _refusals():
+        for experiment in discover.resolve(names or ("final", "baseline"), invocation.folder):
+            with _refusals(experiment.recipe.name):
+                recipe = change(experiment.recipe, assignments, None, width, None)
+            loaded = runs.load_data(source, limit_train, console)
+            with _refusals(recipe.name):
+                check(recipe, len(loaded.info.classes), loaded.dataset)
+            jobs.append((recipe, report.size_of(recipe, len(loaded.info.classes)).macs))
+            del loaded
+    found = []
+    for (recipe, macs), name in zip(jobs, names or ("final", "baseline"), strict=True):
+        task = {
+            "name": name,
+            "folder": str(invocation.folder) if invocation.folder else None,
+            "data": source,
+            "limit_train": limit_train,
+            "width": width,
+            "set": assignments,
+        }
+        try:
+            found.append(bench.run(task, recipe, macs, dtypes or ("mixed",), bool(against), rounds, console))
+        except bench.BenchError as error:
+            raise click.ClickException(f"{name}: {error}") from error
+        bench.show(found[-1], console)
+    if out is not None:
+        records.write_text(out, json.dumps(found, indent=1) + "\n")
 
-    Raises:
-      ValueError: an unknown name or an impossible value.
-    """
-    for assignment in assignments:
-        recipe = override(recipe, assignment)
-    changes = {"num_epochs": epochs, "compute_dtype": dtype}
-    changes["model"] = None if width is None else recipe.model.with_width(width)
-    return dataclasses.replace(recipe, **{name: value for name, value in changes.items() if value is not None})
+
+@commands.command()
+def doctor() -> None:
+    """Tells what runs are made with here, and why."""
+    console = report.make_console()
+    way, reason = conv.way()
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    lines = {
+        "device": report.device_text(records.device()),
+        "memory": f"{memory / 2**30:.1f} GiB" if memory else "unknown",
+        "versions": ", ".join(f"{name} {version}" for name, version in records.versions().items()),
+        "convolutions": f"{way}: {reason}",
+        "driver": default_driver(),
+        "data": os.environ.get("FASTCIFAR_DATA") or "cifar10 (FASTCIFAR_DATA is not set)",
+    }
+    for name, text in lines.items():
+        console.print(f"{name:>12}: {text}", soft_wrap=True)

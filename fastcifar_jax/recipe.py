@@ -5,7 +5,7 @@ import dataclasses
 import difflib
 import hashlib
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastcifar_jax.augment import Augmentation, Choices, Crop, Cutout, Flip, PerExample
@@ -153,6 +153,21 @@ def override(recipe: Recipe, assignment: str) -> Recipe:
     except (ValueError, SyntaxError):
         value = text
     return _replace_at(recipe, name.split("."), value, name)
+
+
+def change(
+    recipe: Recipe, assignments: Sequence[str], epochs: int | None, width: int | None, dtype: str | None
+) -> Recipe:
+    """The recipe with the options of `run` applied, the assignments first.
+
+    Raises:
+      ValueError: an unknown name or an impossible value.
+    """
+    for assignment in assignments:
+        recipe = override(recipe, assignment)
+    changes = {"num_epochs": epochs, "compute_dtype": dtype}
+    changes["model"] = None if width is None else recipe.model.with_width(width)
+    return dataclasses.replace(recipe, **{name: value for name, value in changes.items() if value is not None})
 
 
 def _replace_at(node: Any, path: list[str], value: Any, name: str) -> Any:

@@ -128,6 +128,19 @@ def write(record: Record, out: Path, *, tta: bool = False) -> Path:
     return path
 
 
+def write_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all.
+
+    Raises:
+      RecordError: it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write_whole({path: text})
+    except OSError as error:
+        raise RecordError(f"cannot write {path}: {error.strerror or error}; choose another place") from error
+
+
 def read(path: Path) -> Record:
     """The record in a file; numbers that were not finite are NaN.
 

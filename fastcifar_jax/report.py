@@ -4,7 +4,7 @@ import contextlib
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ def make_console() -> Console:
 
 def ladder(recipes: Sequence[Recipe]) -> Table:
     """The recipes of one module and what their source reports for them."""
-    table = _table("name", ("epochs", "right"), ("published", "right"), ("runs", "right"), ("V100", "right"))
+    table = make_table("name", ("epochs", "right"), ("published", "right"), ("runs", "right"), ("V100", "right"))
     for recipe in recipes:
         published = recipe.published
         accuracy = "" if published.accuracy is None else f"{_percent(published.accuracy)}{' TTA' * published.tta}"
@@ -43,26 +43,39 @@ def ladder(recipes: Sequence[Recipe]) -> Table:
 def details(recipe: Recipe, predecessor: Recipe | None) -> Iterator[str | Table]:
     """The whole recipe, its difference from its predecessor, and the size of its network for 10 classes."""
     yield f"{recipe.name}, hash {recipe.hash}"
-    values = _table("name", "value")
+    values = make_table("name", "value")
     for name, value in flatten(recipe).items():
         values.add_row(name, str(value))
     yield values
     if predecessor is not None:
         yield f"difference from its predecessor {predecessor.name}"
-        changes = _table("name", predecessor.name, recipe.name)
+        changes = make_table("name", predecessor.name, recipe.name)
         for name, (value, old) in difference(recipe, predecessor).items():
             changes.add_row(name, str(old), str(value))
         yield changes if changes.rows else "  none in training"
 
-    model = recipe.model(10, recipe.compute_dtype)
+    size = size_of(recipe, 10)
+    yield f"{size.trained:,} trained and {size.frozen:,} frozen parameters (10 classes)"
+    yield f"{size.macs:,} multiply-accumulates in the forward pass of one 32x32 image"
+    if recipe.published != Published():
+        yield published_line(recipe)
+
+
+class Size(NamedTuple):
+    """Of a network."""
+
+    trained: int  # parameters
+    frozen: int  # parameters
+    macs: int  # multiply-accumulates of the forward pass of one image of 32x32
+
+
+def size_of(recipe: Recipe, num_classes: int) -> Size:
+    """The size of a recipe's network, from shapes alone."""
+    model = recipe.model(num_classes, recipe.compute_dtype)
     images = jax.ShapeDtypeStruct((recipe.batch_size, 32, 32, 3), jnp.float32)
     variables = jax.eval_shape(model.init, jax.eval_shape(lambda: jax.random.key(0)), images)
     trained, frozen = (sum(leaf.size for leaf in jax.tree.leaves(variables[name])) for name in ("params", "frozen"))
-    macs = sum(jax.tree.leaves(model.macs(variables, images)))
-    yield f"{trained:,} trained and {frozen:,} frozen parameters (10 classes)"
-    yield f"{macs:,} multiply-accumulates in the forward pass of one 32x32 image"
-    if recipe.published != Published():
-        yield published_line(recipe)
+    return Size(trained, frozen, sum(jax.tree.leaves(model.macs(variables, images))))
 
 
 def published_line(recipe: Recipe) -> str:
@@ -184,7 +197,8 @@ def epoch_row(info: EpochInfo, images_per_second: float) -> str:
     return f"{info.epoch:>5}{info.train_seconds:>10.2f}{info.train_loss:>10.4f}{accuracies}{images_per_second:>10,.0f}"
 
 
-def _table(*columns):
+def make_table(*columns: str | tuple[str, str]) -> Table:
+    """An empty table; a column is a name, or a name and its justification."""
     table = Table(box=box.SIMPLE_HEAD)
     for column in columns:
         name, justify = column if isinstance(column, tuple) else (column, "left")

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from experiments.bag_of_tricks import baseline, final
+from fastcifar_jax import onednn_trial
 from fastcifar_jax.augment import Crop, Flip, normalize
 from fastcifar_jax.model import Norm
 from fastcifar_jax.train import Diverged, evaluated, make_functions, make_train, zero_totals
@@ -184,23 +185,25 @@ def test_state_is_arrays_only(final_run):
     assert all(hasattr(leaf, "dtype") for leaf in jax.tree.leaves(state))
 
 
-def lower_train_batch(recipe):
-    functions = make_functions(recipe, 4, NUM_TRAIN)
-    key = jax.random.key(0)
-    state = jax.eval_shape(functions.init, key, DATASET)
-    plan = jax.eval_shape(functions.plan, key, jnp.int32(1), DATASET)
-    arguments = (state, jax.eval_shape(lambda: zero_totals(recipe)), DATASET, plan, jnp.int32(0))
-    return jax.export.export(jax.jit(functions.train_batch), platforms=("cpu", "cuda"))(*arguments), arguments
-
-
-def test_final_step_exports_for_cpu_and_cuda_and_runs_here():
+@pytest.mark.parametrize("way", ["lax", "onednn"])
+def test_final_step_exports_for_cpu_and_cuda_and_runs_here(way, monkeypatch):
+    """One program for both platforms; the call into jaxlib's oneDNN has to be let through by name."""
+    if way == "onednn" and not onednn_trial.outcome()[0]:
+        pytest.skip(f"oneDNN is not used here: {onednn_trial.outcome()[1]}")
+    monkeypatch.setenv("FASTCIFAR_CONV", way)
     recipe = small(final)
-    exported, arguments = lower_train_batch(recipe)
-    assert set(exported.platforms) == {"cpu", "cuda"}
     functions = make_functions(recipe, 4, NUM_TRAIN)
     state = functions.init(jax.random.key(0), DATASET)
     plan = functions.plan(jax.random.key(0), jnp.int32(1), DATASET)
     arguments = (state, zero_totals(recipe), DATASET, plan, jnp.int32(0))
+    export = jax.export.export(
+        jax.jit(functions.train_batch),
+        platforms=("cpu", "cuda"),
+        disabled_checks=[jax.export.DisabledSafetyCheck.custom_call("__onednn$convolution")] if way == "onednn" else [],
+    )
+    exported = export(*arguments)
+    assert set(exported.platforms) == {"cpu", "cuda"}
+    assert ("__onednn$convolution" in exported.mlir_module()) == (way == "onednn")
     chex.assert_trees_all_close(exported.call(*arguments)[1], jax.jit(functions.train_batch)(*arguments)[1], rtol=1e-5)
 
 
