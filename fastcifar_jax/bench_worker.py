@@ -27,7 +27,7 @@ def prepare_jax(recipe, dataset, num_classes):
 
     from fastcifar_jax.train import make_functions, shapes_of, zero_totals
 
-    conv.keep_freed_memory()
+    conv.tune_process()
     dataset = jax.device_put(dataset)
     functions = make_functions(recipe, num_classes, len(dataset.train_labels))
     shapes = shapes_of(functions, recipe, dataset)
@@ -80,7 +80,7 @@ def layer_rates(recipe, num_classes: int, repeats: int = 5) -> dict:
 
     from fastcifar_jax.model import PRECISIONS
 
-    conv.keep_freed_memory()
+    conv.tune_process()
     precision = PRECISIONS[recipe.compute_dtype]
     model = recipe.model(num_classes, recipe.compute_dtype)
     images = jax.ShapeDtypeStruct((recipe.batch_size, 32, 32, 3), jnp.float32)

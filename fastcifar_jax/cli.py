@@ -144,7 +144,7 @@ def run(
     Every seed leaves a record under --out; those that have one are skipped.
     """
     console = report.make_console()
-    conv.keep_freed_memory()
+    conv.tune_process()
     driver = driver or default_driver()
     load_once = functools.cache(lambda source: runs.load_data(source, limit_train, console))
     jobs = []

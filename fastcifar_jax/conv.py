@@ -14,6 +14,7 @@ the space:
                      (H, W, C) with n as its features, and a window of (H, W, 1)
 """
 
+import contextlib
 import ctypes
 import functools
 import json
@@ -231,15 +232,21 @@ def _call(x, kernel, out, axes, kernel_axes, window, padding):
     return call(x, kernel)
 
 
-def keep_freed_memory() -> bool:
-    """Tells glibc to reuse freed memory instead of giving it back to the system; whether it could be told.
+def tune_process() -> None:
+    """Settings of the whole process that convolutions on a CPU want; call it before the first computation.
 
-    XLA:CPU allocates its temporary arrays anew at every call, and faulting their pages in again costs several times
-    the work that is done on them. For the whole process; call it before the first computation.
+    * glibc keeps freed memory instead of giving it back to the system. XLA:CPU allocates its temporary arrays anew at
+      every call, and faulting their pages in again costs several times the work that is done on them.
+    * No persistent compilation cache where oneDNN is called: programs with that call cannot be written to it, and JAX
+      would try and warn at every start.
     """
-    try:
+    if jax.default_backend() != "cpu":
+        return
+    with contextlib.suppress(AttributeError, OSError):  # not glibc
         mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError):  # not glibc
-        return False
-    trim_threshold, mmap_max = -1, -4
-    return bool(mallopt(mmap_max, 0) and mallopt(trim_threshold, 2**31 - 1))
+        trim_threshold, mmap_max, arena_max = -1, -4, -8
+        mallopt(mmap_max, 0)
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(arena_max, 1)
+    if way()[0] == "onednn":
+        jax.config.update("jax_enable_compilation_cache", False)

@@ -1,8 +1,10 @@
 """Every way against float64 NumPy, and the fall back to lax when the trial fails."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -214,3 +216,24 @@ def test_other_platforms_use_lax(monkeypatch):
     monkeypatch.delenv("FASTCIFAR_CONV", raising=False)
     monkeypatch.setattr(conv_module.platform, "machine", lambda: "aarch64")
     assert conv_module.way() == ("lax", "no oneDNN in jaxlib for Linux aarch64")
+
+
+def test_no_attempt_to_cache_what_cannot_be_cached(tmp_path):
+    """With JAX's persistent cache on, a process that calls oneDNN says nothing."""
+    program = (
+        "import jax, jax.numpy as jnp\n"
+        "from fastcifar_jax.conv import conv, tune_process\n"
+        "tune_process()\n"
+        "jax.jit(conv)(jnp.ones((2, 4, 4, 3)), jnp.ones((3, 3, 3, 5))).block_until_ready()\n"
+    )
+    environment = {
+        **os.environ,
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    root = str(Path(__file__).parents[1])
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", program], cwd=root, env=environment, capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0 and done.stderr == ""
