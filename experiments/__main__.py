@@ -1,4 +1,4 @@
-"""`python -m experiments {list,show,run}`: the command line over the recipes in this folder."""
+"""`python -m experiments`: the command line over the recipes in this folder."""
 
 from pathlib import Path
 

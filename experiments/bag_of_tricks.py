@@ -1,4 +1,4 @@
-"""The ten steps from 75 s to 26 s: every row of the bag of tricks as a cumulative ladder.
+"""From 75 s to 26 s: every row of the bag of tricks as a cumulative ladder.
 
     python -m experiments.bag_of_tricks --seeds 5
 

@@ -30,3 +30,4 @@ quickstart = replace(
 )
 
 RECIPES = (quickstart,)
+BASES = {"quickstart": final}

@@ -75,7 +75,12 @@ def measure(
                 console.print(f"{name}: left out: {error}", soft_wrap=True)
         for i in range(rounds):
             for name in list(workers)[:: 1 if i % 2 == 0 else -1]:
-                answer = workers[name]("step")
+                try:
+                    answer = workers[name]("step")
+                except BenchError as error:
+                    failed[name] = str(error)
+                    del workers[name], results[name]
+                    continue
                 results[name]["seconds"].append(answer["seconds"])
                 results[name]["peak_bytes"] = answer["peak_bytes"]
     for result in results.values():
@@ -115,7 +120,7 @@ def run(
     """The whole benchmark of one recipe as a JSON object; see the functions above for its parts.
 
     Args:
-      task: name, experiments folder, data, limit_train, width and assignments of the recipe.
+      task: experiment, path of its file, experiments folder, data, limit_train, width and assignments.
       recipe: the same recipe.
       macs: multiply-accumulates of one image's forward pass.
       dtypes: compute dtypes of JAX.
@@ -125,13 +130,16 @@ def run(
     """
     batch_size = recipe.batch_size
     results, failed = measure(contenders(task, dtypes, against_torch), batch_size, rounds, console)
-    best = max((n for n in results if n.startswith("jax")), key=lambda n: results[n]["images_per_second"])
+    ours = [name for name in results if name.startswith("jax")]
+    if not ours:
+        raise BenchError(f"no JAX contender could be run: {failed}")
+    best = max(ours, key=lambda name: results[name]["images_per_second"])
     console.print("layer by layer", soft_wrap=True)
     by_layer = layers(task, best.removeprefix("jax "))
     # Forward and two gradients are three products of the same size.
     floor = batch_size * 6 * macs / (by_layer["ceiling"] * 1e9)
     return {
-        "experiment": task["name"],
+        "experiment": task["experiment"],
         "recipe_repr": repr(recipe),
         "width": task["width"],
         "batch_size": batch_size,
@@ -204,3 +212,5 @@ def _started() -> Iterator[Callable[[str], dict[str, Any]]]:
             yield ask
         finally:
             worker.kill()
+            with contextlib.suppress(BrokenPipeError):
+                worker.stdin.close()

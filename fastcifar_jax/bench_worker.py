@@ -126,7 +126,9 @@ def main() -> None:
     """Reads the task and obeys."""
     task = json.loads(sys.stdin.readline())
     folder = Path(task["folder"]) if task["folder"] else None
-    [experiment] = discover.resolve((task["name"],), folder)
+    path = Path(task["path"])
+    declared = discover.resolve((task["experiment"] if path.parent == folder else str(path),), folder)
+    [experiment] = (e for e in declared if e.recipe.name == task["experiment"])
     dataset, info = load(task["data"], limit_train=task["limit_train"])
     recipe = change(experiment.recipe, task["set"], None, task["width"], task["dtype"])
     answer = lambda **values: print(json.dumps(values), flush=True)

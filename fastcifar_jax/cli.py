@@ -12,11 +12,12 @@ from typing import NamedTuple, NoReturn
 import click
 
 from fastcifar_jax import bench, conv, discover, records, report, runs
+from fastcifar_jax.conv import Driver, default_driver
 from fastcifar_jax.model import PRECISIONS
 from fastcifar_jax.recipe import change
 from fastcifar_jax.records import Record, RecordError
 from fastcifar_jax.runs import Job
-from fastcifar_jax.train import Driver, check, default_driver
+from fastcifar_jax.train import check
 
 
 class Invocation(NamedTuple):
@@ -144,7 +145,8 @@ def run(
     Every seed leaves a record under --out; those that have one are skipped.
     """
     console = report.make_console()
-    conv.tune_process()
+    with _refusals():
+        conv.tune_process()
     driver = driver or default_driver()
     load_once = functools.cache(lambda source: runs.load_data(source, limit_train, console))
     jobs = []
@@ -179,7 +181,7 @@ def run(
 @click.argument("names", metavar="[NAME...]", nargs=-1)
 @click.option("--against", type=click.Choice(("torch",)), help="Also time the PyTorch twin (extra: compare).")
 @click.option("--data", metavar="SOURCE", help="A data set's name or a path; else $FASTCIFAR_DATA; else cifar10.")
-@click.option("--limit-train", type=int, default=10_000, show_default=True, metavar="N", help="Images to draw from.")
+@click.option("--limit-train", type=int, metavar="N", help="Draw from the first N images only.")
 @click.option("--width", type=int, help="Channels of the first layer; the others keep their ratios.")
 @click.option("--dtype", "dtypes", multiple=True, type=click.Choice(tuple(PRECISIONS)), help="Repeats. [mixed]")
 @click.option("--set", "assignments", multiple=True, metavar="NAME=VALUE", help="Any value that `show` shows; repeats.")
@@ -191,7 +193,7 @@ def bench_command(
     names: tuple[str, ...],
     against: str | None,
     data: str | None,
-    limit_train: int,
+    limit_train: int | None,
     width: int | None,
     dtypes: tuple[str, ...],
     assignments: tuple[str, ...],
@@ -200,21 +202,22 @@ def bench_command(
 ) -> None:
     """Times whole training steps of recipes, final and baseline by default, beside PyTorch's in one run."""
     console = report.make_console()
-    source = data or os.environ.get("FASTCIFAR_DATA") or "cifar10"
     jobs = []
     with _refusals():
         for experiment in discover.resolve(names or ("final", "baseline"), invocation.folder):
             with _refusals(experiment.recipe.name):
                 recipe = change(experiment.recipe, assignments, None, width, None)
+            source = data or os.environ.get("FASTCIFAR_DATA") or experiment.data or "cifar10"
             loaded = runs.load_data(source, limit_train, console)
             with _refusals(recipe.name):
                 check(recipe, len(loaded.info.classes), loaded.dataset)
-            jobs.append((recipe, report.size_of(recipe, len(loaded.info.classes)).macs))
-            del loaded
+            jobs.append((experiment, recipe, source, report.size_of(recipe, len(loaded.info.classes)).macs))
+            del loaded  # the workers load it themselves
     found = []
-    for (recipe, macs), name in zip(jobs, names or ("final", "baseline"), strict=True):
+    for experiment, recipe, source, macs in jobs:
         task = {
-            "name": name,
+            "experiment": experiment.recipe.name,
+            "path": str(experiment.path),
             "folder": str(invocation.folder) if invocation.folder else None,
             "data": source,
             "limit_train": limit_train,
@@ -224,7 +227,7 @@ def bench_command(
         try:
             found.append(bench.run(task, recipe, macs, dtypes or ("mixed",), bool(against), rounds, console))
         except bench.BenchError as error:
-            raise click.ClickException(f"{name}: {error}") from error
+            raise click.ClickException(f"{recipe.name}: {error}") from error
         bench.show(found[-1], console)
     if out is not None:
         records.write_text(out, json.dumps(found, indent=1) + "\n")
@@ -234,7 +237,8 @@ def bench_command(
 def doctor() -> None:
     """Tells what runs are made with here, and why."""
     console = report.make_console()
-    way, reason = conv.way()
+    with _refusals():
+        way, reason = conv.way()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
     lines = {
         "device": report.device_text(records.device()),

@@ -32,6 +32,7 @@ from fastcifar_jax.types import Images
 
 Kernel = Float[Array, "height width inputs outputs"]
 Way = Literal["lax", "onednn"]
+Driver = Literal["python", "scan"]  # of the training loop
 
 _TARGET = "__onednn$convolution"
 _CHUNK = 32  # images whose transposed copy stays in the cache
@@ -73,9 +74,10 @@ def conv(x: Images, kernel: Kernel, operand_dtype: DTypeLike | None = None) -> I
       operand_dtype: dtype of both operands of the products; `x.dtype` when None. The result has `x.dtype`.
     """
     dtype = jnp.dtype(x.dtype if operand_dtype is None else operand_dtype)
-    if _fits(x, kernel, dtype) and way()[0] == "onednn":
-        return onednn_conv(x, kernel, dtype)
-    return _lax_conv(x.astype(dtype), kernel.astype(dtype)).astype(x.dtype)
+    use_onednn = _fits(x, kernel, dtype) and way()[0] == "onednn"
+    if use_onednn or dtype != x.dtype:
+        return _conv(x, kernel, dtype, use_onednn)
+    return _lax_conv(x, kernel.astype(dtype))
 
 
 def _fits(x, kernel, dtype) -> bool:
@@ -85,61 +87,56 @@ def _fits(x, kernel, dtype) -> bool:
     return (dtype.name, x.dtype.name) in known and height % 2 == 1 and width % 2 == 1 and x.size > 0 and kernel.size > 0
 
 
-def _lax_conv(x, kernel):
-    return lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-
-
 # The three passes are each other's derivatives, so any number of derivatives can be taken. The casts to the operands'
 # dtype lie inside, so that results and gradients come out in the caller's dtype without having been rounded to it.
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def onednn_conv(x: Images, kernel: Kernel, dtype: jnp.dtype) -> Images:
-    """The convolution through oneDNN on CPUs and through lax elsewhere, in `x.dtype`, from operands in `dtype`."""
-    return lax.platform_dependent(
-        x.astype(dtype),
-        kernel.astype(dtype),
-        cpu=functools.partial(_onednn_forward, out_dtype=x.dtype),
-        default=lambda operand, kernel: _lax_conv(operand, kernel).astype(x.dtype),
-    )
-
-
-def _conv_and_residuals(x, kernel, dtype):
-    return onednn_conv(x, kernel, dtype), (x.astype(dtype), kernel)
-
-
-def _gradients_of_conv(dtype, residuals, cotangent):
-    x, kernel = residuals
-    to_x = onednn_conv(cotangent, _turned(kernel), dtype)
-    return to_x, weight_gradient(x, cotangent, kernel.shape[:2], dtype).astype(kernel.dtype)
-
-
-onednn_conv.defvjp(_conv_and_residuals, _gradients_of_conv)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def weight_gradient(x: Images, cotangent: Images, size: tuple[int, int], dtype: jnp.dtype) -> Kernel:
+def _conv(x: Images, kernel: Kernel, dtype: jnp.dtype, use_onednn: bool) -> Images:
+    """The convolution in `x.dtype`, from operands in `dtype`; oneDNN is used on CPUs only."""
+    operands = (x.astype(dtype), kernel.astype(dtype))
+    on_lax = functools.partial(_lax_conv, out_dtype=x.dtype)
+    if not use_onednn:
+        return on_lax(*operands)
+    return lax.platform_dependent(*operands, cpu=functools.partial(_onednn_conv, out_dtype=x.dtype), default=on_lax)
+
+
+def _conv_and_residuals(x, kernel, dtype, use_onednn):
+    return _conv(x, kernel, dtype, use_onednn), (x.astype(dtype), kernel)
+
+
+def _gradients_of_conv(dtype, use_onednn, residuals, cotangent):
+    x, kernel = residuals
+    to_x = _conv(cotangent, _turned(kernel), dtype, use_onednn)
+    to_kernel = _weight_gradient(x, cotangent, kernel.shape[:2], dtype, use_onednn)
+    return to_x, to_kernel.astype(kernel.dtype)
+
+
+_conv.defvjp(_conv_and_residuals, _gradients_of_conv)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _weight_gradient(x: Images, cotangent: Images, size: tuple[int, int], dtype: jnp.dtype, use_onednn: bool) -> Kernel:
     """The gradient with respect to a kernel of `size`, in float32, from operands in `dtype`."""
-    return lax.platform_dependent(
-        x.astype(dtype),
-        cotangent.astype(dtype),
-        cpu=functools.partial(_onednn_weight_gradient, size=size),
-        default=functools.partial(_lax_weight_gradient, size=size),
-    )
+    operands = (x.astype(dtype), cotangent.astype(dtype))
+    on_lax = functools.partial(_lax_weight_gradient, size=size)
+    if not use_onednn:
+        return on_lax(*operands)
+    return lax.platform_dependent(*operands, cpu=functools.partial(_onednn_weight_gradient, size=size), default=on_lax)
 
 
-def _weight_gradient_and_residuals(x, cotangent, size, dtype):
-    return weight_gradient(x, cotangent, size, dtype), (x, cotangent)
+def _weight_gradient_and_residuals(x, cotangent, size, dtype, use_onednn):
+    return _weight_gradient(x, cotangent, size, dtype, use_onednn), (x, cotangent)
 
 
-def _gradients_of_weight_gradient(size, dtype, residuals, kernel):
+def _gradients_of_weight_gradient(size, dtype, use_onednn, residuals, kernel):
     x, cotangent = residuals
-    to_x = onednn_conv(cotangent.astype(kernel.dtype), _turned(kernel), dtype)
-    to_cotangent = onednn_conv(x.astype(kernel.dtype), kernel, dtype)
+    to_x = _conv(cotangent.astype(kernel.dtype), _turned(kernel), dtype, use_onednn)
+    to_cotangent = _conv(x.astype(kernel.dtype), kernel, dtype, use_onednn)
     return to_x.astype(x.dtype), to_cotangent.astype(cotangent.dtype)
 
 
-weight_gradient.defvjp(_weight_gradient_and_residuals, _gradients_of_weight_gradient)
+_weight_gradient.defvjp(_weight_gradient_and_residuals, _gradients_of_weight_gradient)
 
 
 def _turned(kernel):
@@ -147,13 +144,27 @@ def _turned(kernel):
     return kernel[::-1, ::-1].swapaxes(2, 3)
 
 
+def _lax_conv(x, kernel, out_dtype=None):
+    layout = ("NHWC", "HWIO", "NHWC")
+    return lax.conv_general_dilated(
+        x, kernel, (1, 1), "SAME", dimension_numbers=layout, preferred_element_type=out_dtype
+    )
+
+
 def _lax_weight_gradient(x, cotangent, size):
-    kernel = jax.ShapeDtypeStruct((*size, x.shape[3], cotangent.shape[3]), x.dtype)
-    [gradient] = jax.linear_transpose(functools.partial(_lax_conv, x), kernel)(cotangent)
-    return gradient.astype(jnp.float32)
+    # The images are summed over like input features, and the input features kept like images.
+    padding = [(side // 2, side // 2) for side in size]
+    return lax.conv_general_dilated(
+        x,
+        cotangent,
+        (1, 1),
+        padding,
+        dimension_numbers=("CHWN", "IHWO", "HWNC"),
+        preferred_element_type=jnp.float32,
+    )
 
 
-def _onednn_forward(x, kernel, out_dtype):
+def _onednn_conv(x, kernel, out_dtype):
     height, width, _, features = kernel.shape
     out = jax.ShapeDtypeStruct((*x.shape[:3], features), out_dtype)
     images = (0, 3, 1, 2)
@@ -230,6 +241,14 @@ def _call(x, kernel, out, axes, kernel_axes, window, padding):
         legacy_backend_config=json.dumps({"onednn_conv_config": config}),
     )
     return call(x, kernel)
+
+
+def default_driver() -> Driver:
+    """ "python" on CPUs: XLA runs lax's weight gradients 10 times slower and more inside `lax.scan`; else "scan".
+
+    See jax issue 12868 and `benchmarks/drivers.py`.
+    """
+    return "python" if jax.default_backend() == "cpu" else "scan"
 
 
 def tune_process() -> None:

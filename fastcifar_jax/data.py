@@ -160,8 +160,12 @@ def _prepare(builder):
     urls = builder.url_infos or {}
     if builder.name in _CIFAR:
         [(url, expected)] = urls.items()
-        archive = _download(url, expected, f"fetch {expected.filename} by hand and give its path with --data")
-        builder = _cifar_builder(builder, readers.tar_members(io.BytesIO(archive), url))
+        archive = _download(
+            url, expected, f"fetch {expected.filename} by hand, put it anywhere and give its path with --data"
+        )
+        members = readers.tar_members(io.BytesIO(archive), url)
+        del archive  # 170 MB
+        builder = _cifar_builder(builder, members)
     elif urls:
         if not importlib.util.find_spec("tensorflow"):
             raise DataError(

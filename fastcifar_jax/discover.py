@@ -6,6 +6,7 @@ import functools
 import importlib
 import importlib.util
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -18,7 +19,7 @@ class Experiment(NamedTuple):
     """A declared recipe and where it was declared."""
 
     recipe: Recipe
-    predecessor: Recipe | None  # the one before it in its module
+    predecessor: Recipe | None  # the module's BASES names it; else the one before it in the module
     path: Path
     title: str  # of its module
     data: str | None  # default source of its module
@@ -40,9 +41,9 @@ def find_experiments(folder: Path | None) -> list[Experiment]:
     """
     experiments = []
     for path in sorted(folder.glob("[!_]*.py")) if folder else ():
-        if "RECIPE" not in path.read_text(encoding="utf-8"):
-            continue  # not ours: nothing is imported that does not ask for it
         try:
+            if "RECIPE" not in path.read_text(encoding="utf-8"):
+                continue  # not ours: nothing is imported that does not ask for it
             experiments += _declared(importlib.import_module(f"{folder.name}.{path.stem}"), path)
         except Exception as error:
             print(f"warning: {path} is left out: {type(error).__name__}: {error}", file=sys.stderr)
@@ -91,8 +92,9 @@ def _declared(module: ModuleType, path: Path) -> list[Experiment]:
         raise ValueError(f"{path} holds no recipes; it needs RECIPE = a Recipe, or RECIPES = a tuple of them")
     title = f"{path.stem}: {(module.__doc__ or '').strip().partition(chr(10))[0]}".removesuffix(": ")
     data = getattr(module, "DATA", None)
+    bases = getattr(module, "BASES", {})
     return [
-        Experiment(recipe, before, path, title, data)
+        Experiment(recipe, bases.get(recipe.name, before), path, title, data)
         for recipe, before in zip(recipes, (None, *recipes[:-1]), strict=True)
     ]
 
@@ -104,5 +106,10 @@ def _import_file(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(str(path.resolve()), path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        where = f", line {lines[-1]}" if lines else ""
+        raise ValueError(f"{path}{where}: {type(error).__name__}: {error}; mend the file") from error
     return module

@@ -351,5 +351,6 @@ class _ResNet9(nn.Module):
         x = max_pool(x, x.shape[1:3]).reshape(len(x), -1)  # 4x4 for images of 32x32
         kernel = self.param("linear", _torch_uniform, (x.shape[-1], self.num_classes), precision.params)
         self.sow("macs", "linear", kernel.size)
-        logits = jnp.dot(x.astype(precision.operands), kernel.astype(precision.operands))
+        operands = (x.astype(precision.operands), kernel.astype(precision.operands))
+        logits = jnp.dot(*operands, preferred_element_type=precision.activations)
         return logits.astype(precision.params) * config.output_scale

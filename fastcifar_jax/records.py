@@ -215,7 +215,7 @@ def source_hash(experiment: Path) -> str:
 
 
 def _write_whole(texts):
-    """Puts texts into files, all or none: a disk that fills up does so before the first is put in its place."""
+    """Puts texts into files in this order; a disk that fills up does so before the first is put in its place."""
     temporaries = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in texts}
     try:
         for path, text in texts.items():

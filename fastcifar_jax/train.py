@@ -4,8 +4,9 @@ import functools
 import math
 import time
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +15,7 @@ from jax import lax
 from jaxtyping import Array, Int, PRNGKeyArray
 
 from fastcifar_jax.augment import EpochPlan, augment, normalize
+from fastcifar_jax.conv import Driver, default_driver
 from fastcifar_jax.evaluate import evaluate
 from fastcifar_jax.losses import num_correct
 from fastcifar_jax.model import Model
@@ -21,7 +23,6 @@ from fastcifar_jax.optim import Average
 from fastcifar_jax.recipe import Recipe
 from fastcifar_jax.types import Batch, Dataset, EpochInfo, Evaluation, RunResult, StepInfo, TrainState
 
-Driver = Literal["python", "scan"]
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, StepInfo]]
 
 
@@ -171,14 +172,6 @@ def zero_totals(recipe: Recipe) -> StepInfo:
     return StepInfo(jnp.zeros((), jnp.float64 if recipe.compute_dtype == "float64" else jnp.float32), jnp.int32(0))
 
 
-def default_driver() -> Driver:
-    """ "python" on CPUs, where XLA runs the weight gradients inside `lax.scan` 10 times slower and more; else "scan".
-
-    See jax issue 12868 and `benchmarks/drivers.py`.
-    """
-    return "python" if jax.default_backend() == "cpu" else "scan"
-
-
 class Shapes(NamedTuple):
     """Shapes and dtypes of what a run's functions take."""
 
@@ -191,6 +184,10 @@ class Shapes(NamedTuple):
 
 def shapes_of(functions: Functions, recipe: Recipe, dataset: Dataset) -> Shapes:
     """Traces `init` and `plan` without compiling them."""
+    chex.assert_rank((dataset.train_images, dataset.test_images), 4)
+    chex.assert_equal_shape_prefix((dataset.train_images, dataset.train_labels), 1)
+    chex.assert_equal_shape_prefix((dataset.test_images, dataset.test_labels), 1)
+    chex.assert_type((dataset.train_images, dataset.test_images), jnp.uint8)
     key = jax.eval_shape(lambda: jax.random.key(0))
     index = jax.ShapeDtypeStruct((), jnp.int32)
     state = jax.eval_shape(functions.init, key, dataset)
@@ -268,7 +265,7 @@ def compile_programs(recipe: Recipe, num_classes: int, dataset: Dataset, driver:
     )
 
 
-def make_train(recipe: Recipe, num_classes: int = 10, driver: Driver | None = None) -> Callable[..., RunResult]:
+def make_train(recipe: Recipe, num_classes: int, driver: Driver | None = None) -> Callable[..., RunResult]:
     """The run of a recipe as a function of a key and a data set.
 
     Same key, recipe, data and kind of device: bitwise the same numbers.

@@ -20,6 +20,9 @@ _OPCODES |= set("EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST LIST APPEND A
 _OPCODES |= set("EMPTY_DICT DICT SETITEM SETITEMS GLOBAL STACK_GLOBAL REDUCE BUILD".split())
 
 
+MAX_TUPLES_AGAIN = 16  # NumPy's own pickles use none twice
+
+
 def unpickle(data: bytes) -> dict:
     """The dictionary that the pickle `data` describes, if it is made of plain values and integer arrays.
 
@@ -29,9 +32,20 @@ def unpickle(data: bytes) -> dict:
     Raises:
       Exception: of any kind, from the parser or for a pickle that asks for anything else: call it within `faults_of`.
     """
+    memo, tuples, again, previous = 0, set(), 0, ""
     for opcode, arg, _ in pickletools.genops(data):  # also checks that every length named is there
-        if opcode.name not in _OPCODES or (opcode.name.endswith("PUT") and arg > len(data)):
-            raise pickle.UnpicklingError(f"it holds the instruction {opcode.name} {arg!s:.50}")
+        name = opcode.name
+        if name not in _OPCODES or (name.endswith("PUT") and arg > len(data)):
+            raise pickle.UnpicklingError(f"it holds the instruction {name} {arg!s:.50}")
+        if name == "MEMOIZE" or name.endswith("PUT"):
+            slot = memo if name == "MEMOIZE" else arg
+            memo += 1
+            if previous.endswith(("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3")):
+                tuples.add(slot)
+        again += name.endswith("GET") and arg in tuples
+        if again > MAX_TUPLES_AGAIN:  # a key (t, t) of tuples (t, t) of tuples ... takes for ever to hash
+            raise pickle.UnpicklingError("it uses tuples again and again")
+        previous = name
     held = _Unpickler(data).load()
     if not isinstance(held, dict):
         raise pickle.UnpicklingError(f"it holds a {type(held).__name__}; expected a dictionary")
@@ -96,7 +110,7 @@ class _Array:
     def fill(self, raw, dtype, shape, fortran):
         if not isinstance(raw, bytes | bytearray) or not isinstance(dtype, _Dtype):
             raise pickle.UnpicklingError("it holds an array that is not made of bytes; only integers are read")
-        if not isinstance(shape, tuple) or math.prod(shape) * int(dtype.code[1]) != len(raw):
+        if not isinstance(shape, tuple) or len(shape) > 4 or math.prod(shape) * int(dtype.code[1]) != len(raw):
             raise pickle.UnpicklingError(f"it holds an array of shape {shape!s:.80} in {len(raw)} bytes")
         self.value = np.frombuffer(raw, dtype.order + dtype.code).reshape(shape, order="F" if fortran else "C")
         return self

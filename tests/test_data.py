@@ -364,6 +364,15 @@ HOSTILE = {
     "no dictionary": (pickle.dumps([1, 2]), "holds a list"),
     "no end": (b"\x80\x02}", "pickle exhausted before seeing STOP"),
     "nothing to pop": (b"\x80\x02R.", ""),
+    "tuples of tuples as a key": (
+        b"\x80\x02}K\x01" + b"".join(b"q" + bytes([i]) + b"h" + bytes([i]) + b"\x86" for i in range(60)) + b"K\x01s.",
+        "again and again",
+    ),
+    "many dimensions": (
+        b"\x80\x02}U\x04data" + RECONSTRUCT + b"K\x00\x85U\x01btR(K\x01(" + b"K\x01" * 1000 + b"t" + U1
+        + b"\x89U\x01atbs.",
+        "in 1 bytes",
+    ),
     "self-containing": (b"\x80\x02]q\x00h\x00a.", "holds a list"),
 }  # fmt: skip
 
@@ -655,7 +664,7 @@ def test_without_a_network(tmp_path, monkeypatch, name):
     assert len(attempts) == 1
     file = name.replace("cifar", "cifar-") + "-binary.tar.gz"
     assert f"https://www.cs.toronto.edu/~kriz/{file}" in str(caught.value)
-    assert f"fetch {file} by hand and give its path with --data" in str(caught.value)
+    assert f"fetch {file} by hand, put it anywhere and give its path with --data" in str(caught.value)
     assert not (tmp_path / "tfds").exists()
 
 

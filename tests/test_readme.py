@@ -24,6 +24,10 @@ def test_the_example_trick_fits_real_shapes(tmp_path):
     check(experiment.recipe, 10, Dataset(image, label, image, label))
 
 
+def test_nothing_is_left_to_fill_in():
+    assert not re.findall(r"^[A-Z]+_[A-Z_]+$", README, re.MULTILINE)
+
+
 def test_every_rung_stands_in_the_readme_with_its_published_figures():
     for recipe in bag_of_tricks.RECIPES:
         [row] = [line for line in README.splitlines() if line.startswith(f"| `{recipe.name}` ")]

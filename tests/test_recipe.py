@@ -165,5 +165,5 @@ def test_a_fork_brings_its_own_part():
     assert mine.hash != FINAL.hash
 
 
-def test_default_recipe_is_the_baseline():
+def test_default_recipe_is_the_baseline_with_the_later_warmup():
     assert difference(Recipe(), BASELINE) == {"optim.schedule.warmup": (1 / 5, 5 / 24)}

@@ -8,10 +8,11 @@ import pytest
 
 from experiments.bag_of_tricks import baseline, final
 from fastcifar_jax import onednn_trial
-from fastcifar_jax.augment import Crop, Flip, normalize
+from fastcifar_jax.augment import Crop, Cutout, Flip, normalize
 from fastcifar_jax.model import Norm
-from fastcifar_jax.train import Diverged, evaluated, make_functions, make_train, zero_totals
+from fastcifar_jax.train import Diverged, compile_programs, evaluated, make_functions, make_train, zero_totals
 from fastcifar_jax.types import Batch, Dataset, StepInfo
+from tests.test_augment import numpy_apply
 
 NUM_TRAIN, BATCH = 112, 32  # 3 steps an epoch and a remainder of 16
 
@@ -81,6 +82,7 @@ def test_scan_and_python_drivers_agree(final_run):
     for a, b in zip(scanned.epochs, first.epochs, strict=True):
         assert a.train_loss == pytest.approx(b.train_loss, rel=1e-4)
         assert a.train_accuracy == b.train_accuracy
+        assert (a.test_loss, a.tta_loss) == pytest.approx((b.test_loss, b.tta_loss), rel=1e-3)
 
 
 def test_frozen_arrays_never_change(final_run):
@@ -109,20 +111,33 @@ def test_it_learns():
     assert result.epochs[-1].train_loss < result.epochs[0].train_loss
 
 
-def test_one_epoch_sees_each_image_at_most_once(final_run):
-    """What the steps train on is the data set in the plan's order, augmented by the plan's choices."""
-    recipe, _, _ = final_run
-    bare = replace(recipe, augmentations=())
-    functions = make_functions(bare, 4, NUM_TRAIN)
+def test_a_batch_is_the_plans_images_with_the_plans_choices(final_run):
+    """The step in the middle of an epoch, against NumPy: whose augmentation, whose label, in which order."""
+    recipe = replace(final_run[0], augmentations=(Crop(2), Flip(), Cutout(5)))
+    functions = make_functions(recipe, 4, NUM_TRAIN)
     state = functions.init(jax.random.key(0), DATASET)
     plan = functions.plan(jax.random.key(1), jnp.int32(1), DATASET)
-    step = jax.jit(functions.train_batch)
-    _, totals = step(state, zero_totals(bare), DATASET, plan, jnp.int32(2))
-    ids = plan.order[2 * BATCH : 3 * BATCH]
-    images = normalize(DATASET.train_images[ids], bare.mean, bare.std)
-    _, info = jax.jit(functions.train_step)(state, Batch(images, DATASET.train_labels[ids]))
+    _, totals = jax.jit(functions.train_batch)(state, zero_totals(recipe), DATASET, plan, jnp.int32(1))
+
+    order, choices = np.asarray(plan.order), [np.asarray(choice) for choice in plan.choices]
+    ids = order[BATCH : 2 * BATCH]
+    images = np.asarray(normalize(DATASET.train_images[ids], recipe.mean, recipe.std))
+    for augmentation, choice in zip(recipe.augmentations, choices, strict=True):
+        options = augmentation.options(16, 16)
+        images = np.stack([numpy_apply(augmentation, x, options[choice[i]]) for x, i in zip(images, ids, strict=True)])
+    batch = Batch(jnp.asarray(images), DATASET.train_labels[ids])
+    _, info = jax.jit(functions.train_step)(state, batch)
     chex.assert_trees_all_close(totals, info, rtol=1e-5)
-    assert len(set(np.asarray(plan.order[: 3 * BATCH]).tolist())) == 3 * BATCH
+    assert len(set(order.tolist())) == NUM_TRAIN  # so that no image comes twice in an epoch
+
+
+def test_steps_give_their_state_away(final_run):
+    """Donated: the memory of the old state is used for the new one."""
+    recipe, _, _ = final_run
+    programs = compile_programs(recipe, 4, DATASET, "python")
+    state = programs.init(jax.random.key(0), DATASET)
+    programs.train_epoch(state, DATASET, programs.plan(jax.random.key(1), np.int32(1), DATASET), None)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((state.params, state.opt_state, state.average)))
 
 
 def test_plans_differ_from_epoch_to_epoch(final_run):
@@ -143,7 +158,7 @@ def test_diverged_names_recipe_and_epoch(driver):
     assert not np.isfinite(caught.value.epochs[0].train_loss)
 
 
-@pytest.mark.parametrize("compute_dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("compute_dtype", ["mixed", "bfloat16", "float16"])
 def test_half_precision_keeps_float32_weights_and_stays_near(compute_dtype, final_run):
     _, _, exact = final_run
     result = make_train(small(final, compute_dtype=compute_dtype), num_classes=4)(jax.random.key(0), DATASET)
