@@ -180,10 +180,14 @@ def _onednn_weight_gradient(x, cotangent, size):
     if count == 1:
         return _onednn_weight_gradient_of_chunk(x, cotangent, size)
 
-    def add(total, pair):
-        return total + _onednn_weight_gradient_of_chunk(*pair, size), None
+    # As words, because XLA:CPU would carry bfloat16 through the loop as float32.
+    word = jnp.uint16 if x.dtype.itemsize == 2 else jnp.uint32
 
-    chunks = tuple(a.reshape(count, chunk, *a.shape[1:]) for a in (x, cotangent))
+    def add(total, pair):
+        x_chunk, cotangent_chunk = (lax.bitcast_convert_type(a, x.dtype) for a in pair)
+        return total + _onednn_weight_gradient_of_chunk(x_chunk, cotangent_chunk, size), None
+
+    chunks = tuple(lax.bitcast_convert_type(a.reshape(count, chunk, *a.shape[1:]), word) for a in (x, cotangent))
     total = jnp.zeros((*size, x.shape[3], cotangent.shape[3]), jnp.float32)
     return lax.scan(add, total, chunks)[0]
 
