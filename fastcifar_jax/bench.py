@@ -33,17 +33,22 @@ class BenchError(RuntimeError):
 
 
 def contenders(task: dict[str, Any], dtypes: tuple[str, ...], against_torch: bool) -> list[Contender]:
-    """JAX in each compute dtype, and PyTorch in float32 and bfloat16, eager and compiled."""
+    """JAX in each compute dtype, and PyTorch in float32 and bfloat16, eager and compiled.
+
+    PyTorch takes part as it comes, and once more with the memory settings that JAX gets here.
+    """
     found = [Contender(f"jax {dtype}", {**task, "kind": "jax", "dtype": dtype}) for dtype in dtypes]
     if against_torch:
-        found += [
-            Contender(
-                f"torch {dtype} {'compiled' if compiled else 'eager'}",
-                {**task, "kind": "torch", "dtype": "float32", "torch_dtype": dtype, "compiled": compiled},
-            )
-            for dtype in ("bfloat16", "float32")
-            for compiled in (False, True)
-        ]
+        for dtype, compiled, tuned in (
+            ("bfloat16", False, True),
+            ("bfloat16", False, False),
+            ("bfloat16", True, True),
+            ("float32", False, False),
+            ("float32", True, True),
+        ):
+            name = f"torch {dtype} {'compiled' if compiled else 'eager'}{' tuned' * tuned}"
+            settings = {"torch_dtype": dtype, "compiled": compiled, "tuned": tuned}
+            found.append(Contender(name, {**task, "kind": "torch", "dtype": "float32", **settings}))
     return found
 
 

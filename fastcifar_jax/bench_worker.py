@@ -46,10 +46,12 @@ def prepare_jax(recipe, dataset, num_classes):
     return take, {"compile_seconds": seconds, "conv": conv.way()[0], "version": jax.__version__}
 
 
-def prepare_torch(recipe, dataset, num_classes, twin, dtype, compiled):
-    """The same for the PyTorch twin."""
+def prepare_torch(recipe, dataset, num_classes, twin, dtype, compiled, tuned):
+    """The same for the PyTorch twin; `tuned` gives it the memory settings that JAX gets here."""
     import torch
 
+    if tuned:
+        conv.keep_freed_memory()
     torch.set_num_threads(records.device()["cores"])
     pad = next((a.padding for a in recipe.augmentations if hasattr(a, "padding")), 0)
     padded = np.pad(dataset.train_images, ((0, 0), (pad, pad), (pad, pad), (0, 0)), mode="reflect")
@@ -139,7 +141,9 @@ def main() -> None:
         take, known = prepare_jax(recipe, dataset, len(info.classes))
     else:
         twin = importlib.import_module(f"{folder.name}.torch_twin")
-        take, known = prepare_torch(recipe, dataset, len(info.classes), twin, task["torch_dtype"], task["compiled"])
+        take, known = prepare_torch(
+            recipe, dataset, len(info.classes), twin, task["torch_dtype"], task["compiled"], task["tuned"]
+        )
     for i in range(2):
         take(i)
     answer(**known, data={"source": info.source, "hash": info.hash})

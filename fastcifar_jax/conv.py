@@ -258,18 +258,26 @@ def default_driver() -> Driver:
 def tune_process() -> None:
     """Settings of the whole process that convolutions on a CPU want; call it before the first computation.
 
-    * glibc keeps freed memory instead of giving it back to the system. XLA:CPU allocates its temporary arrays anew at
-      every call, and faulting their pages in again costs several times the work that is done on them.
+    * Freed memory is kept, see `keep_freed_memory`.
     * No persistent compilation cache where oneDNN is called: programs with that call cannot be written to it, and JAX
       would try and warn at every start.
     """
     if jax.default_backend() != "cpu":
         return
+    keep_freed_memory()
+    if way()[0] == "onednn":
+        jax.config.update("jax_enable_compilation_cache", False)
+
+
+def keep_freed_memory() -> None:
+    """Tells glibc to keep freed memory instead of giving it back to the system; does nothing with another C library.
+
+    XLA:CPU allocates its temporary arrays anew at every call, and PyTorch does so at every operation; faulting their
+    pages in again costs several times the work that is done on them.
+    """
     with contextlib.suppress(AttributeError, OSError):  # not glibc
         mallopt = ctypes.CDLL(None).mallopt
         trim_threshold, mmap_max, arena_max = -1, -4, -8
         mallopt(mmap_max, 0)
         mallopt(trim_threshold, 2**31 - 1)
         mallopt(arena_max, 1)
-    if way()[0] == "onednn":
-        jax.config.update("jax_enable_compilation_cache", False)

@@ -1,4 +1,4 @@
-"""Writers of tiny data sets in every format that `fastcifar_jax.readers` reads."""
+"""Writers of tiny data sets in every format that `fastcifar_jax.readers` reads, and what the tests ask of them."""
 
 import gzip
 import io
@@ -6,8 +6,10 @@ import pickle
 import tarfile
 
 import numpy as np
+import pytest
 from PIL import Image
 
+from fastcifar_jax.data import DataError, load
 from fastcifar_jax.types import Dataset
 
 BATCHES = [f"data_batch_{i}" for i in range(1, 6)]
@@ -135,3 +137,21 @@ def python2_pickle(images, labels):
     array += b"(K\x01" + shape + dtype + b"\x89T" + len(raw).to_bytes(4, "little") + raw + b"tb"
     ints = b"](" + b"".join(b"K" + bytes([y]) for y in labels) + b"e"
     return b"\x80\x02}q\x01(" + text(b"labels") + ints + text(b"data") + array + b"u."
+
+
+TINY = {10: tiny(10), 100: tiny(100)}
+FILES = {"python": python_files, "binary": binary_files}
+
+
+def assert_same(got, expected):
+    for a, b, name in zip(got, expected, expected._fields, strict=True):
+        assert a.dtype == (np.uint8 if "images" in name else np.int32)
+        assert a.flags.c_contiguous
+        np.testing.assert_array_equal(a, b, err_msg=name)
+
+
+def refusal(path):
+    """The message of the DataError that reading `path` ends in."""
+    with pytest.raises(DataError) as caught:
+        load(str(path))
+    return str(caught.value)

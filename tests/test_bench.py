@@ -40,7 +40,8 @@ def test_no_ratio_without_torch():
 def test_contenders():
     names = [c.name for c in bench.contenders(TASK, ("mixed",), against_torch=True)]
     assert names == [
-        "jax mixed", "torch bfloat16 eager", "torch bfloat16 compiled", "torch float32 eager", "torch float32 compiled",
+        "jax mixed", "torch bfloat16 eager tuned", "torch bfloat16 eager", "torch bfloat16 compiled tuned",
+        "torch float32 eager", "torch float32 compiled tuned",
     ]  # fmt: skip
     assert [c.name for c in bench.contenders(TASK, ("mixed", "float32"), False)] == ["jax mixed", "jax float32"]
 
