@@ -1,6 +1,6 @@
 """Images per second of whole training steps, interleaved with PyTorch's in one run.
 
-Every contender is a process of its own that takes one step when told to; the rounds go A B C, C B A, A B C ..., so
+Every contender is a process of its own that takes a few steps when told to; the rounds go A B C, C B A, A B C ..., so
 that a machine that slows down slows all of them, and speeds are compared as ratios within a round.
 """
 
@@ -60,11 +60,11 @@ def measure(
     Args:
       found: who takes part.
       batch_size: images a step.
-      rounds: steps of each contender that are timed.
+      rounds: turns of each contender.
       console: tells what is going on.
 
     Returns:
-      For each contender what it knows of itself, `seconds` of its steps, `images_per_second` (median) and
+      For each contender what it knows of itself, `seconds` a step in each turn, `images_per_second` (median) and
       `peak_bytes`; and the contenders that could not be run, with the reason.
     """
     workers, results, failed = {}, {}, {}

@@ -256,15 +256,13 @@ def default_driver() -> Driver:
 
 
 def tune_process() -> None:
-    """Settings of the whole process that convolutions on a CPU want; call it before the first computation.
+    """Settings of the whole process that convolutions on a CPU want; call it before anything asks JAX for a device.
 
     * Freed memory is kept, see `keep_freed_memory`.
     * No persistent compilation cache where oneDNN is called: programs with that call cannot be written to it, and JAX
       would try and warn at every start.
     """
-    if jax.default_backend() != "cpu":
-        return
-    keep_freed_memory()
+    keep_freed_memory()  # first: asking for the backend starts XLA's threads
     if way()[0] == "onednn":
         jax.config.update("jax_enable_compilation_cache", False)
 
@@ -273,7 +271,8 @@ def keep_freed_memory() -> None:
     """Tells glibc to keep freed memory instead of giving it back to the system; does nothing with another C library.
 
     XLA:CPU allocates its temporary arrays anew at every call, and PyTorch does so at every operation; faulting their
-    pages in again costs several times the work that is done on them.
+    pages in again costs several times the work that is done on them. It must come before XLA starts its threads, each
+    of which would get an arena of its own that still gives memory back.
     """
     with contextlib.suppress(AttributeError, OSError):  # not glibc
         mallopt = ctypes.CDLL(None).mallopt

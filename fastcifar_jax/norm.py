@@ -38,23 +38,25 @@ def normalize_groups(
 def _normalize_and_residuals(x, scale, bias, num_groups, eps):
     grouped = _group(x, num_groups).astype(scale.dtype)
     mean = grouped.mean((0, 2))
-    centred = grouped - _over_maps(mean)
-    variance = jnp.square(centred).mean((0, 2))  # E[x^2] - E[x]^2 would lose digits
+    variance = jnp.square(grouped - _over_maps(mean)).mean((0, 2))  # E[x^2] - E[x]^2 would lose digits
     inverse = lax.rsqrt(variance + eps)
-    y = centred * _over_maps(inverse * scale[None, :]) + _over_maps(bias[None, :])
+    weight = inverse * scale[None, :]
+    y = _affine(grouped, weight, bias[None, :] - mean * weight)
     return (y.reshape(x.shape).astype(x.dtype), mean, variance), (x, scale, mean, inverse)
 
 
 def _gradients(num_groups, eps, residuals, cotangents):
     del eps
     x, scale, mean, inverse = residuals
-    # The barrier has the cotangent computed once and not anew in each of the three passes below.
-    cotangent = lax.optimization_barrier(_group(cotangents[0], num_groups).astype(scale.dtype))
-    normal = (_group(x, num_groups).astype(scale.dtype) - _over_maps(mean)) * _over_maps(inverse)
-    total, moment = cotangent.sum((0, 2)), (cotangent * normal).sum((0, 2))
-    size = normal.shape[0] * normal.shape[2]
-    to_x = cotangent - _over_maps(total / size) - normal * _over_maps(moment / size)
-    to_x = to_x * _over_maps(inverse * scale[None, :])
+    # The barrier has the cotangent computed once, and what is made of x not before it is needed.
+    x, cotangent = lax.optimization_barrier((x, cotangents[0]))
+    grouped, cotangent = (_group(a, num_groups).astype(scale.dtype) for a in (x, cotangent))
+    total = cotangent.sum((0, 2))
+    moment = (cotangent * (grouped - _over_maps(mean))).sum((0, 2)) * inverse
+    size, weight = grouped.shape[0] * grouped.shape[2], inverse * scale[None, :]
+    # weight * (cotangent - total / size - normalised * moment / size), gathered into one factor of each array
+    of_x = weight * inverse * moment / size
+    to_x = _affine(cotangent, weight, -weight * total / size) + _affine(grouped, -of_x, mean * of_x)
     return to_x.reshape(x.shape).astype(x.dtype), moment.sum(0), total.sum(0)
 
 
@@ -70,3 +72,9 @@ def _group(x, num_groups):
 def _over_maps(statistics):
     """[groups, channels] -> [1, groups, 1, channels]."""
     return statistics[None, :, None, :]
+
+
+def _affine(grouped, factor, shift):
+    """`grouped * factor + shift`; the barrier keeps XLA from computing the factors anew for every element."""
+    factor, shift = lax.optimization_barrier((factor, shift))
+    return grouped * _over_maps(factor) + _over_maps(shift)
