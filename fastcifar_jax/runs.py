@@ -108,7 +108,15 @@ def run_job(
     for seed, record in job.seeds.items():
         if record is not None:
             ended.append(record)
-            other = "" if record.source_hash == source_hash else ", by other source code"
+            other = "".join(
+                f", by another {what}"
+                for what, then, now in (
+                    ("source code", record.source_hash, source_hash),
+                    ("device", record.device, new.device),
+                    ("driver", record.driver, driver),
+                )
+                if then != now
+            )
             console.print(f"{report.seed_line(record)} (on record{other}; --again repeats it)", soft_wrap=True)
             continue
         label = f"{recipe.name}, seed {seed}"

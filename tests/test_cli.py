@@ -265,9 +265,9 @@ def test_damaged_record_is_named_and_not_trained_over(workplace, call, loaded, t
 
 def test_record_of_other_source_code_is_pointed_out(workplace, call, loaded, trained):
     call("run", "trick.py")
-    assert "other source code" not in call("run", "trick.py")[1]
+    assert "another source code" not in call("run", "trick.py")[1]
     Path("trick.py").write_text(TRICK + "\n# changed\n")
-    assert "on record, by other source code; --again repeats it" in call("run", "trick.py")[1]
+    assert "on record, by another source code; --again repeats it" in call("run", "trick.py")[1]
 
 
 def test_default_data(workplace, call, loaded, trained, monkeypatch):
