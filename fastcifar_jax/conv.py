@@ -255,6 +255,11 @@ def default_driver() -> Driver:
     return "python" if jax.default_backend() == "cpu" else "scan"
 
 
+def waits_are_cheap() -> bool:
+    """Whether a loop may wait for every step: a CPU has nothing to run ahead of, an accelerator would stand idle."""
+    return jax.default_backend() == "cpu"
+
+
 def tune_process() -> None:
     """Settings of the whole process that convolutions on a CPU want; call it before anything asks JAX for a device.
 

@@ -104,7 +104,7 @@ def run_job(
         result=None,
     )
     compiles = True
-    each_step = jax.default_backend() == "cpu"  # elsewhere waiting for each step would slow the run down
+    each_step = conv.waits_are_cheap()
     for seed, record in job.seeds.items():
         if record is not None:
             ended.append(record)
