@@ -12,9 +12,9 @@ from typing import NamedTuple, NoReturn
 import click
 
 from fastcifar_jax import bench, conv, discover, records, report, runs
-from fastcifar_jax.conv import Driver, default_driver
+from fastcifar_jax.conv import Driver, default_driver, default_dtype
 from fastcifar_jax.model import PRECISIONS
-from fastcifar_jax.recipe import change
+from fastcifar_jax.recipe import change, resolve_dtype
 from fastcifar_jax.records import Record, RecordError
 from fastcifar_jax.runs import Job
 from fastcifar_jax.train import check
@@ -120,7 +120,7 @@ def _seeds_option(context, parameter, value):
 @click.option("--epochs", type=int, help="Moves the schedule's knots along; applied after --set.")
 @click.option("--limit-train", type=int, metavar="N", help="Train on the first N images only.")
 @click.option("--width", type=int, help="Channels of the first layer; the others keep their ratios.")
-@click.option("--dtype", type=click.Choice(tuple(PRECISIONS)), help="The compute dtype.")
+@click.option("--dtype", type=click.Choice(tuple(PRECISIONS)), help="The compute dtype; default by platform.")
 @click.option("--set", "assignments", multiple=True, metavar="NAME=VALUE", help="Any value that `show` shows; repeats.")
 @click.option("--driver", type=click.Choice(("python", "scan")), help="The training loop; default by platform.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), default="runs", show_default=True)
@@ -157,7 +157,9 @@ def run(
             loaded = load_once(data or os.environ.get("FASTCIFAR_DATA") or experiment.data or "cifar10")
             with _refusals(recipe.name):
                 check(recipe, len(loaded.info.classes), loaded.dataset)
-            as_published = loaded.info.source == "cifar10" and limit_train is None and recipe == experiment.recipe
+            as_published = (
+                loaded.info.source == "cifar10" and limit_train is None and recipe == resolve_dtype(experiment.recipe)
+            )
             on_record = {seed: None if again else runs.on_record(out, recipe, loaded, seed) for seed in seeds}
             jobs.append(Job(recipe, experiment.path, as_published, loaded, on_record))
         records.make_folder(out)
@@ -183,7 +185,9 @@ def run(
 @click.option("--data", metavar="SOURCE", help="A data set's name or a path; else $FASTCIFAR_DATA; else cifar10.")
 @click.option("--limit-train", type=int, metavar="N", help="Draw from the first N images only.")
 @click.option("--width", type=int, help="Channels of the first layer; the others keep their ratios.")
-@click.option("--dtype", "dtypes", multiple=True, type=click.Choice(tuple(PRECISIONS)), help="Repeats. [mixed]")
+@click.option(
+    "--dtype", "dtypes", multiple=True, type=click.Choice(tuple(PRECISIONS)), help="Repeats; default by platform."
+)
 @click.option("--set", "assignments", multiple=True, metavar="NAME=VALUE", help="Any value that `show` shows; repeats.")
 @click.option("--rounds", type=click.IntRange(bench.MIN_ROUNDS), default=7, show_default=True)
 @click.option("--json", "out", type=click.Path(dir_okay=False, path_type=Path), help="Also write the result there.")
@@ -225,7 +229,7 @@ def bench_command(
             "set": assignments,
         }
         try:
-            found.append(bench.run(task, recipe, macs, dtypes or ("mixed",), bool(against), rounds, console))
+            found.append(bench.run(task, recipe, macs, dtypes or (default_dtype(),), bool(against), rounds, console))
         except bench.BenchError as error:
             raise click.ClickException(f"{recipe.name}: {error}") from error
         bench.show(found[-1], console)
@@ -246,6 +250,7 @@ def doctor() -> None:
         "versions": ", ".join(f"{name} {version}" for name, version in records.versions().items()),
         "convolutions": f"{way}: {reason}",
         "driver": default_driver(),
+        "dtype": default_dtype(),
         "data": os.environ.get("FASTCIFAR_DATA") or "cifar10 (FASTCIFAR_DATA is not set)",
     }
     for name, text in lines.items():

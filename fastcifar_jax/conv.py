@@ -18,8 +18,10 @@ import contextlib
 import ctypes
 import functools
 import json
+import math
 import os
 import platform
+from pathlib import Path
 from typing import Literal
 
 import jax
@@ -37,6 +39,9 @@ Driver = Literal["python", "scan"]  # of the training loop
 _TARGET = "__onednn$convolution"
 _CHUNK = 32  # images whose transposed copy stays in the cache
 _SMALL_MAP_CHUNK = 128  # the same, for maps of up to 32 pixels
+_NARROW = 5  # columns; images of so few are convolved side by side
+_BESIDE = 16  # as many of them
+_GAP = 2**30  # bytes of address space for what is small
 
 
 def way() -> tuple[Way, str]:
@@ -165,10 +170,22 @@ def _lax_weight_gradient(x, cotangent, size):
 
 
 def _onednn_conv(x, kernel, out_dtype):
-    height, width, _, features = kernel.shape
+    (batch, rows, columns, _), (height, width, _, features) = x.shape, kernel.shape
+    beside, gap = math.gcd(batch, _BESIDE), width // 2
+    narrow = columns <= _NARROW and beside > 1
+    if narrow:
+        # oneDNN takes some pixels of one row at a time: four would leave most of a matrix unit idle. Columns of zeros
+        # between the images keep them apart.
+        x = x.reshape(batch // beside, beside, rows, columns, -1).swapaxes(1, 2)
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, gap), (0, 0)))
+        x = x.reshape(batch // beside, rows, beside * (columns + gap), -1)
     out = jax.ShapeDtypeStruct((*x.shape[:3], features), out_dtype)
     images = (0, 3, 1, 2)
-    return _call(x, kernel, out, images, (2, 3, 0, 1), (height, width), (height // 2, width // 2))
+    y = _call(x, kernel, out, images, (2, 3, 0, 1), (height, width), (height // 2, width // 2))
+    if narrow:
+        y = y.reshape(batch // beside, rows, beside, columns + gap, features)[:, :, :, :columns]
+        y = y.swapaxes(1, 2).reshape(batch, rows, columns, features)
+    return y
 
 
 def _onednn_weight_gradient(x, cotangent, size):
@@ -248,11 +265,27 @@ def _call(x, kernel, out, axes, kernel_axes, window, padding):
 
 
 def default_driver() -> Driver:
-    """ "python" on CPUs: XLA runs lax's weight gradients 10 times slower and more inside `lax.scan`; else "scan".
+    """ "scan", except where a CPU is left to lax: XLA runs its weight gradients 10 times slower and more in a loop.
 
     See jax issue 12868 and `benchmarks/drivers.py`.
     """
-    return "python" if jax.default_backend() == "cpu" else "scan"
+    return "python" if jax.default_backend() == "cpu" and way()[0] == "lax" else "scan"
+
+
+def default_dtype() -> str:
+    """The fastest compute dtype that is as accurate as float32: "mixed" where oneDNN multiplies bfloat16 in hardware.
+
+    The comparison is in the README, "On a CPU". No GPU was measured: float32 there.
+    """
+    return "mixed" if way()[0] == "onednn" and _multiplies_bfloat16() else "float32"
+
+
+def _multiplies_bfloat16() -> bool:
+    try:
+        flags = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return False
+    return bool(flags & {"avx512_bf16", "amx_bf16"})
 
 
 def waits_are_cheap() -> bool:
@@ -278,10 +311,18 @@ def keep_freed_memory() -> None:
     XLA:CPU allocates its temporary arrays anew at every call, and PyTorch does so at every operation; faulting their
     pages in again costs several times the work that is done on them. It must come before XLA starts its threads, each
     of which would get an arena of its own that still gives memory back.
+
+    What is small must not settle in the gap that a freed array of 2 GB has left, or the next one would need 2 GB more:
+    glibc takes the smallest gap that fits, so it is given one first, which costs address space only until it is used.
     """
     with contextlib.suppress(AttributeError, OSError):  # not glibc
-        mallopt = ctypes.CDLL(None).mallopt
+        libc = ctypes.CDLL(None)
+        mallopt, malloc, free = libc.mallopt, libc.malloc, libc.free
+        malloc.argtypes, malloc.restype, free.argtypes = (ctypes.c_size_t,), ctypes.c_void_p, (ctypes.c_void_p,)
         trim_threshold, mmap_max, arena_max = -1, -4, -8
         mallopt(mmap_max, 0)
-        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(trim_threshold, -1)  # never give back
         mallopt(arena_max, 1)
+        gap = malloc(_GAP)
+        malloc(2**20)  # stays, so that the gap is one
+        free(gap)

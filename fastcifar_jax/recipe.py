@@ -8,6 +8,7 @@ import typing
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from fastcifar_jax import conv
 from fastcifar_jax.augment import Augmentation, Choices, Crop, Cutout, Flip, PerExample
 from fastcifar_jax.evaluate import TTA, FlipTTA
 from fastcifar_jax.losses import CrossEntropy
@@ -57,7 +58,8 @@ class Recipe:
       average: of the weights; evaluation uses it when there is one.
       tta: views of a test image.
       compute_dtype: "float32", "mixed" (bfloat16 operands in convolutions and the head, float32 between them),
-        "bfloat16", "float16" or "float64"; the weights are kept in float32 at least.
+        "bfloat16", "float16" or "float64"; the weights are kept in float32 at least. "auto" is what
+        `conv.default_dtype` says where the run is made; records name the dtype that it stood for.
       init_images: how many training images, from the first on, the network's initialisation sees.
       published: figures of the source; not part of the hash.
 
@@ -77,7 +79,7 @@ class Recipe:
     optim: Optimizer = Nesterov()
     average: Average | None = None
     tta: TTA = FlipTTA()
-    compute_dtype: str = "float32"
+    compute_dtype: str = "auto"
     init_images: int = 10_000
     published: Published = Published()
 
@@ -85,8 +87,8 @@ class Recipe:
         for field in ("num_epochs", "batch_size", "init_images"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} is {getattr(self, field)}; give a number >= 1")
-        if self.compute_dtype not in PRECISIONS:
-            raise ValueError(f"compute_dtype is {self.compute_dtype!r}; choose one of {', '.join(PRECISIONS)}")
+        if self.compute_dtype not in ("auto", *PRECISIONS):
+            raise ValueError(f"compute_dtype is {self.compute_dtype!r}; choose one of auto, {', '.join(PRECISIONS)}")
         if len(self.mean) != len(self.std) or min(self.std) <= 0:
             raise ValueError(f"mean {self.mean} and std {self.std} need one number a channel, std above 0")
         if " at 0x" in repr(self):
@@ -158,7 +160,7 @@ def override(recipe: Recipe, assignment: str) -> Recipe:
 def change(
     recipe: Recipe, assignments: Sequence[str], epochs: int | None, width: int | None, dtype: str | None
 ) -> Recipe:
-    """The recipe with the options of `run` applied, the assignments first.
+    """The recipe with the options of `run` applied, the assignments first, and its dtype resolved.
 
     Raises:
       ValueError: an unknown name or an impossible value.
@@ -167,7 +169,15 @@ def change(
         recipe = override(recipe, assignment)
     changes = {"num_epochs": epochs, "compute_dtype": dtype}
     changes["model"] = None if width is None else recipe.model.with_width(width)
-    return dataclasses.replace(recipe, **{name: value for name, value in changes.items() if value is not None})
+    recipe = dataclasses.replace(recipe, **{name: value for name, value in changes.items() if value is not None})
+    return resolve_dtype(recipe)
+
+
+def resolve_dtype(recipe: Recipe) -> Recipe:
+    """The recipe with "auto" replaced by the compute dtype that this machine is given."""
+    if recipe.compute_dtype != "auto":
+        return recipe
+    return dataclasses.replace(recipe, compute_dtype=conv.default_dtype())
 
 
 def _replace_at(node: Any, path: list[str], value: Any, name: str) -> Any:

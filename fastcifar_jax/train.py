@@ -20,7 +20,7 @@ from fastcifar_jax.evaluate import evaluate
 from fastcifar_jax.losses import num_correct
 from fastcifar_jax.model import Model
 from fastcifar_jax.optim import Average
-from fastcifar_jax.recipe import Recipe
+from fastcifar_jax.recipe import Recipe, resolve_dtype
 from fastcifar_jax.types import Batch, Dataset, EpochInfo, Evaluation, RunResult, StepInfo, TrainState
 
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, StepInfo]]
@@ -111,6 +111,7 @@ def make_functions(recipe: Recipe, num_classes: int, num_train: int) -> Function
     Raises:
       ValueError: fewer training images than one batch.
     """
+    recipe = resolve_dtype(recipe)
     batch_size = recipe.batch_size
     steps_per_epoch = num_train // batch_size
     if not steps_per_epoch:

@@ -30,6 +30,9 @@ SHAPES = {  # batch, height, width, inputs, outputs, kernel size
     "one channel": (2, 5, 5, 1, 1, (3, 3)),
     "several chunks": (70, 6, 7, 4, 5, (3, 3)),
     "small map, several chunks": (130, 4, 4, 8, 8, (3, 3)),
+    "side by side": (32, 4, 3, 8, 16, (3, 3)),
+    "side by side, 5x5": (24, 4, 5, 8, 8, (5, 5)),
+    "side by side, 1x1": (16, 2, 2, 8, 8, (1, 1)),
 }
 PRECISIONS = {  # operands, x, largest error as a share of the largest value
     "float32": ("float32", "float32", 1e-5),
@@ -227,6 +230,20 @@ def test_other_platforms_use_lax(monkeypatch):
     monkeypatch.delenv("FASTCIFAR_CONV", raising=False)
     monkeypatch.setattr(conv_module.platform, "machine", lambda: "aarch64")
     assert conv_module.way() == ("lax", "no oneDNN in jaxlib for Linux aarch64")
+
+
+@pytest.mark.parametrize(
+    ("forced", "in_hardware", "driver", "dtype"),
+    [
+        ("onednn", True, "scan", "mixed"),
+        ("onednn", False, "scan", "float32"),
+        ("lax", True, "python", "float32"),  # in a loop, lax's weight gradients take many times as long
+    ],
+)
+def test_defaults_of_a_cpu(monkeypatch, forced, in_hardware, driver, dtype):
+    monkeypatch.setenv("FASTCIFAR_CONV", forced)
+    monkeypatch.setattr(conv_module, "_multiplies_bfloat16", lambda: in_hardware)
+    assert (conv_module.default_driver(), conv_module.default_dtype()) == (driver, dtype)
 
 
 def test_no_attempt_to_cache_what_cannot_be_cached(tmp_path):

@@ -4,8 +4,9 @@ from dataclasses import replace
 import pytest
 
 from experiments import bag_of_tricks, convergence, quickstart
+from fastcifar_jax import recipe as recipe_module
 from fastcifar_jax.losses import CrossEntropy
-from fastcifar_jax.recipe import Published, Recipe, difference, flatten, override
+from fastcifar_jax.recipe import Published, Recipe, change, difference, flatten, override, resolve_dtype
 
 RECIPES = {r.name: r for r in (*bag_of_tricks.RECIPES, *convergence.RECIPES, *quickstart.RECIPES)}
 FINAL, BASELINE = bag_of_tricks.final, bag_of_tricks.baseline
@@ -131,7 +132,7 @@ def test_override(assignment, name, value):
         ("optim=3", "set one of its fields"),
         ("num_epochs=0", "num_epochs is 0"),
         ("num_epochs=2", "must increase"),
-        ("compute_dtype=float8", "choose one of float32"),
+        ("compute_dtype=float8", "choose one of auto, float32"),
         ("model.channels=(1,2)", "four numbers"),
         ("model.norm.num_groups=0", "num_groups 0"),
         ("batch_size=-1", "batch_size is -1"),
@@ -167,3 +168,14 @@ def test_a_fork_brings_its_own_part():
 
 def test_default_recipe_is_the_baseline_with_the_later_warmup():
     assert difference(Recipe(), BASELINE) == {"optim.schedule.warmup": (1 / 5, 5 / 24)}
+
+
+def test_auto_stands_for_this_machines_dtype(monkeypatch):
+    monkeypatch.setattr(recipe_module.conv, "default_dtype", lambda: "mixed")
+    automatic = Recipe(compute_dtype="auto")
+    assert (
+        resolve_dtype(automatic).hash
+        == Recipe(compute_dtype="mixed").hash
+        == change(automatic, (), None, None, None).hash
+    )
+    assert resolve_dtype(Recipe(compute_dtype="float32")).compute_dtype == "float32"

@@ -17,13 +17,12 @@ from tests.test_augment import numpy_apply
 NUM_TRAIN, BATCH = 112, 32  # 3 steps an epoch and a remainder of 16
 
 
-def small(recipe, num_epochs=3, **changes):
+def small(recipe, num_epochs=3, compute_dtype="float32", **changes):
     """A recipe with four channels in prep, batches of 32 in 4 ghost groups and images of 16x16."""
     groups = min(recipe.model.norm.num_groups, 4)
     model = replace(recipe.model, norm=replace(recipe.model.norm, num_groups=groups)).with_width(4)
-    return replace(
-        recipe, num_epochs=num_epochs, batch_size=BATCH, model=model, augmentations=(Crop(2), Flip()), **changes
-    )
+    changes = {"batch_size": BATCH, "augmentations": (Crop(2), Flip()), **changes}
+    return replace(recipe, num_epochs=num_epochs, model=model, compute_dtype=compute_dtype, **changes)
 
 
 def make_dataset(num_train=NUM_TRAIN, num_test=20):
