@@ -43,10 +43,10 @@ def prepare_jax(recipe, dataset, num_classes):
         return jax.lax.scan(body, (state, totals), first + jnp.arange(STEPS))[0]
 
     start = time.perf_counter()
-    program = jax.jit(steps, donate_argnums=(0, 1)).lower(
+    lowered = jax.jit(steps, donate_argnums=(0, 1)).lower(
         shapes.state, shapes.totals, dataset, shapes.plan, shapes.index
     )
-    program = program.compile()
+    program = lowered.compile(conv.compiler_options())
     seconds = time.perf_counter() - start
     state = jax.jit(functions.init)(jax.random.key(0), dataset)
     plan = jax.jit(functions.plan)(jax.random.key(0), jnp.int32(1), dataset)

@@ -39,6 +39,7 @@ Driver = Literal["python", "scan"]  # of the training loop
 _TARGET = "__onednn$convolution"
 _CHUNK = 32  # images whose transposed copy stays in the cache
 _SMALL_MAP_CHUNK = 128  # the same, for maps of up to 32 pixels
+_MOST_CHUNKS = 32
 _NARROW = 5  # columns; images of so few are convolved side by side
 _BESIDE = 16  # as many of them
 _GAP = 2**30  # bytes of address space for what is small
@@ -190,23 +191,10 @@ def _onednn_conv(x, kernel, out_dtype):
 
 def _onednn_weight_gradient(x, cotangent, size):
     batch, rows, columns, _ = x.shape
-    chunk = min(_SMALL_MAP_CHUNK if rows * columns <= 32 else _CHUNK, batch)
-    count = -(-batch // chunk)
-    if missing := count * chunk - batch:  # images of zeros add nothing
-        x, cotangent = (jnp.pad(a, ((0, missing), (0, 0), (0, 0), (0, 0))) for a in (x, cotangent))
-    if count == 1:
-        return _onednn_weight_gradient_of_chunk(x, cotangent, size)
-
-    # As words, because XLA:CPU would carry bfloat16 through the loop as float32.
-    word = jnp.uint16 if x.dtype.itemsize == 2 else jnp.uint32
-
-    def add(total, pair):
-        x_chunk, cotangent_chunk = (lax.bitcast_convert_type(a, x.dtype) for a in pair)
-        return total + _onednn_weight_gradient_of_chunk(x_chunk, cotangent_chunk, size), None
-
-    chunks = tuple(lax.bitcast_convert_type(a.reshape(count, chunk, *a.shape[1:]), word) for a in (x, cotangent))
-    total = jnp.zeros((*size, x.shape[3], cotangent.shape[3]), jnp.float32)
-    return lax.scan(add, total, chunks)[0]
+    chunk = max(_SMALL_MAP_CHUNK if rows * columns <= 32 else _CHUNK, -(-batch // _MOST_CHUNKS))
+    # Written out and not a loop of XLA's: the copies of one chunk are made while another is in the products.
+    starts = range(0, batch, chunk)
+    return sum(_onednn_weight_gradient_of_chunk(x[i : i + chunk], cotangent[i : i + chunk], size) for i in starts)
 
 
 def _onednn_weight_gradient_of_chunk(x, cotangent, size):
@@ -281,11 +269,19 @@ def default_dtype() -> str:
 
 
 def _multiplies_bfloat16() -> bool:
+    return bool(_cpu_flags() & {"avx512_bf16", "amx_bf16"})
+
+
+def compiler_options() -> dict[str, int]:
+    """Options for compiling a training program: vectors as wide as the CPU has them, which XLA halves by default."""
+    return {"xla_cpu_prefer_vector_width": 512} if "avx512f" in _cpu_flags() and jax.default_backend() == "cpu" else {}
+
+
+def _cpu_flags() -> set[str]:
     try:
-        flags = set(Path("/proc/cpuinfo").read_text().split())
-    except OSError:
-        return False
-    return bool(flags & {"avx512_bf16", "amx_bf16"})
+        return set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
+    except OSError:  # no Linux
+        return set()
 
 
 def waits_are_cheap() -> bool:
