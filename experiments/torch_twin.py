@@ -1,178 +1,354 @@
-"""The recipes of the ladder in PyTorch, at the best CPU settings we know: the step that `bench --against torch` times.
+"""The recipes of the ladder in PyTorch, at the best CPU settings we know.
 
-Needs the extra `compare`. Written from the same specification and driven by the same `Recipe`, with the choices that
-make PyTorch fastest here: channels-last memory, ghost groups as contiguous slices of the batch, one gather for crop and
-flip, multi-tensor updates. `tests/reference/torch_resnet9.py` is the exact twin; this one is the fast one.
+`make_train` trains a recipe as `fastcifar_jax.train.make_train` does, for `compare final torch:final`; the step that
+`bench --against torch` times is the same one. Needs the extra `compare`. Written from the same specification and driven
+by the same `Recipe`, with the choices that make PyTorch fastest here: channels-last memory, ghost groups as contiguous
+slices of the batch, one gather for all crops and flips, multi-tensor updates. `tests/reference/torch_resnet9.py` is the
+exact twin; this one is the fast one.
+
+On a CUDA device nothing here has been run: what this project could measure were CPUs.
 """
 
+import copy
+import functools
+import math
+import operator
+import os
+import time
 from collections.abc import Callable
+from typing import NamedTuple
 
+import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import nn
+from torch import Tensor
 
-from fastcifar_jax.augment import Crop, Cutout, Flip
-from fastcifar_jax.model import Celu, Norm, ResNet9
-from fastcifar_jax.recipe import Recipe
+from experiments.torch_network import (
+    TEST_CHUNK,
+    Network,
+    Step,
+    evaluate,
+    make_network,
+    make_step,
+    normalize,
+    whitening_filters,
+)  # fmt: skip
+from fastcifar_jax.augment import Crop, Cutout, Flip, PerExample, ShuffledGroups
+from fastcifar_jax.evaluate import FlipTTA, NoTTA
+from fastcifar_jax.losses import CrossEntropy
+from fastcifar_jax.model import Celu, Norm, Relu, ResNet9
+from fastcifar_jax.optim import Ema, Nesterov
+from fastcifar_jax.recipe import Recipe, resolve_dtype
+from fastcifar_jax.schedules import WarmupDecay
+from fastcifar_jax.train import Diverged
+from fastcifar_jax.types import Dataset, EpochInfo, RunResult, StepInfo
 
-
-class GhostNorm(nn.Module):
-    """Batch norm over contiguous slices of the batch, with one set of running statistics."""
-
-    def __init__(self, channels: int, norm: Norm):
-        super().__init__()
-        self.norm = norm
-        self.weight = nn.Parameter(torch.ones(channels), requires_grad=norm.train_scale)
-        self.bias = nn.Parameter(torch.zeros(channels))
-        self.register_buffer("mean", torch.zeros(channels))
-        self.register_buffer("var", torch.ones(channels))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Normalised maps; statistics of each slice in training, running ones in evaluation."""
-        keep = 1 - self.norm.momentum
-        if not self.training or self.norm.num_groups == 1:
-            return F.batch_norm(x, self.mean, self.var, self.weight, self.bias, self.training, keep, self.norm.eps)
-        # Each slice moves the statistics by a share, so that all of them together move it as one batch would.
-        share = 1 - self.norm.momentum ** (1 / self.norm.num_groups)
-        statistics = (self.mean, self.var, self.weight, self.bias, True, share, self.norm.eps)
-        return torch.cat([F.batch_norm(part, *statistics) for part in x.chunk(self.norm.num_groups)])
-
-
-class Block(nn.Module):
-    """Convolution, norm and activation in the network's order, with a 2x2 max-pool if asked for."""
-
-    def __init__(self, model: ResNet9, inputs: int, outputs: int, size: int = 3, pool: bool = False):
-        super().__init__()
-        self.conv = nn.Conv2d(inputs, outputs, size, padding=size // 2, bias=False)
-        self.bn = GhostNorm(outputs, model.norm)
-        self.order = model.pool_order if pool else "conv_norm_act"
-        self.activation = model.activation
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """One block."""
-        for layer in self.order.split("_"):
-            if layer == "conv":
-                x = self.conv(x)
-            elif layer == "norm":
-                x = self.bn(x)
-            elif layer == "pool":
-                x = F.max_pool2d(x, 2)
-            elif isinstance(self.activation, Celu):
-                x = F.celu(x, self.activation.alpha)
-            else:
-                x = F.relu(x)
-        return x
+_KNOWN = {
+    "model": (ResNet9,),
+    "model.activation": (Relu, Celu),
+    "model.norm": (Norm,),
+    "loss": (CrossEntropy,),
+    "optim": (Nesterov,),
+    "optim.schedule": (WarmupDecay,),
+    "average": (Ema, type(None)),
+    "augmentations": (Crop, Flip, Cutout),
+    "choices": (PerExample, ShuffledGroups),
+    "tta": (FlipTTA, NoTTA),
+}
 
 
-class Network(nn.Module):
-    """The ResNet-9 of a recipe, without extra layers."""
+class Plan(NamedTuple):
+    """The order of an epoch's images and what each augmentation does to each image."""
 
-    def __init__(self, model: ResNet9, num_classes: int):
-        super().__init__()
-        prep, *widths = model.channels
-        self.scale = model.output_scale
-        self.whiten = nn.Conv2d(3, 27, 3, padding=1, bias=False) if model.whiten else nn.Identity()
-        self.whiten.requires_grad_(False)
-        self.prep = Block(model, 27 if model.whiten else 3, prep, size=1 if model.whiten else 3)
-        self.layers = nn.ModuleList(
-            Block(model, a, b, pool=True) for a, b in zip((prep, *widths), widths, strict=False)
+    order: Tensor  # position in the epoch -> image
+    options: tuple[Tensor, ...]  # one an augmentation: image -> its row of `augmentation.options`
+
+
+def versions() -> dict[str, str]:
+    """Of what a number may depend on besides `records.versions`."""
+    return {"torch": torch.__version__}
+
+
+def check(recipe: Recipe) -> None:
+    """Whether the twin knows every part of a recipe.
+
+    Raises:
+      ValueError: it does not; the message names the part.
+    """
+    for name, known in _KNOWN.items():  # the model comes before its parts, which another model need not have
+        part = operator.attrgetter(name)(recipe)
+        for item in part if name == "augmentations" else (part,):
+            if type(item) not in known:  # a subclass may do anything
+                names = ", ".join("None" if kind is type(None) else kind.__name__ for kind in known)
+                raise ValueError(
+                    f"recipe {recipe.name!r} has {name} {item!r}; the PyTorch twin knows {names}: train it with JAX, "
+                    "or write the part into experiments/torch_twin.py"
+                )
+    for name, unset in (("model.extra_layers", ()), ("model.norm.faithful", False)):
+        if (value := operator.attrgetter(name)(recipe)) != unset:
+            raise ValueError(f"the PyTorch twin has no {name} {value}; set it to {unset}, or train with JAX")
+    if recipe.batch_size % recipe.model.norm.num_groups:
+        raise ValueError(
+            f"a batch of {recipe.batch_size} images is not {recipe.model.norm.num_groups} equal ghost groups; change "
+            "batch_size"
         )
-        self.residuals = nn.ModuleDict(
-            {name: nn.Sequential(Block(model, c, c), Block(model, c, c)) for name, c in self._residual(model, widths)}
-        )
-        self.linear = nn.Linear(widths[-1], num_classes, bias=False)
-
-    @staticmethod
-    def _residual(model, widths):
-        return [(f"layer{i}", c) for i, c in enumerate(widths, start=1) if f"layer{i}" in model.res_layers]
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Logits of normalised images, NCHW."""
-        x = self.prep(self.whiten(x))
-        for i, layer in enumerate(self.layers, start=1):
-            x = layer(x)
-            if f"layer{i}" in self.residuals:
-                x = x + self.residuals[f"layer{i}"](x)
-        return self.linear(F.adaptive_max_pool2d(x, 1).flatten(1)) * self.scale
 
 
-def make_batch(recipe: Recipe, images: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Augmented and normalised images, NCHW in channels-last memory.
+def draw_plan(recipe: Recipe, num_images: int, height: int, width: int, generator: torch.Generator) -> Plan:
+    """The plan of one epoch, drawn as `recipe.choices` says (sections 2.3 and 2.4 of the specification).
+
+    The draws are not JAX's, their distribution is the same.
 
     Args:
-      recipe: its crops, flips and cutouts are drawn per example.
-      images: uint8, `[n, height, width, 3]`, reflect-padded by the crop's padding.
-      ids: of the images of the batch.
+      recipe: whose augmentations to choose for.
+      num_images: training images.
+      height: of an image, in pixels.
+      width: of an image, in pixels.
+      generator: on the CPU, whatever the images are on.
     """
-    batch, (height, width) = len(ids), images.shape[1:3]
-    parts = {type(augmentation): augmentation for augmentation in recipe.augmentations}
-    pad = parts[Crop].padding if Crop in parts else 0
-    size = (height - 2 * pad, width - 2 * pad)
-    rows = torch.arange(size[0]) + torch.randint(0, 2 * pad + 1, (batch, 1))
-    columns = torch.arange(size[1]).expand(batch, -1)
-    if Flip in parts:
-        columns = torch.where(torch.rand(batch, 1) < 0.5, columns.flip(1), columns)
-    columns = columns + torch.randint(0, 2 * pad + 1, (batch, 1))
-    x = images[ids[:, None, None], rows[:, :, None], columns[:, None, :]].float()
-    x = (x - torch.tensor(recipe.mean)) / torch.tensor(recipe.std)
-    if Cutout in parts:
-        side = parts[Cutout].size
-        offsets = [torch.arange(length) - torch.randint(0, length - side + 1, (batch, 1)) for length in size]
-        inside = [(0 <= offset) & (offset < side) for offset in offsets]
-        x.masked_fill_((inside[0][:, :, None] & inside[1][:, None, :])[..., None], 0.0)
-    return x.permute(0, 3, 1, 2)
+    shuffled = lambda n: torch.randperm(n, generator=generator)
+    order, options = torch.arange(num_images), []
+    for augmentation in recipe.augmentations:
+        table = torch.from_numpy(augmentation.options(height, width))
+        if isinstance(recipe.choices, ShuffledGroups):
+            order = order[shuffled(num_images)]
+            kept = shuffled(len(table))[: recipe.choices.max_options]
+            sizes = num_images // len(kept) + (torch.arange(len(kept)) < num_images % len(kept))
+            choice = torch.empty_like(order)
+            choice[order] = kept.repeat_interleave(sizes)
+        else:
+            choice = torch.randint(len(table), (num_images,), generator=generator)
+        options.append(table[choice])
+    return Plan(order[shuffled(num_images)], tuple(options))
+
+
+def make_batch(recipe: Recipe, images: Tensor, plan: Plan, ids: Tensor) -> Tensor:
+    """Augmented and normalised images.
+
+    Crops and flips are followed backwards to the row and column of the image that each row and column of the result
+    shows, so that pixels are touched once; cutouts move with the crops and flips that come after them.
+
+    Args:
+      recipe: its augmentations are applied in their order.
+      images: all of them, uint8, `[n, height, width, 3]`.
+      plan: of the epoch.
+      ids: of the images of the batch.
+
+    Returns:
+      `[batch, 3, height, width]`, float32, in channels-last memory.
+    """
+    sides = images.shape[1:3]
+    here = [torch.arange(side, device=images.device).expand(len(ids), side) for side in sides]  # rows, columns
+    source, holes = here, []
+    for augmentation, option in zip(recipe.augmentations, plan.options, strict=True):
+        option = option[ids]
+        if isinstance(augmentation, Flip):
+            moved = [here[0], torch.where(option[:, None], sides[1] - 1 - here[1], here[1])]
+        else:
+            corner = option.flip(1)[:, :, None].unbind(1)  # (x, y) -> rows, columns
+            if isinstance(augmentation, Cutout):
+                inside = lambda offset, size=augmentation.size: (0 <= offset) & (offset < size)
+                holes.append([inside(place - first) for place, first in zip(here, corner, strict=True)])
+                continue
+            moved = [
+                _reflect(place + first - augmentation.padding, side)
+                for place, first, side in zip(here, corner, sides, strict=True)
+            ]
+        follow = lambda pair, moved=moved: [x.gather(1, to) for x, to in zip(pair, moved, strict=True)]
+        source, holes = follow(source), [follow(hole) for hole in holes]
+    rows, columns = source
+    batch = normalize(recipe, images[ids[:, None, None], rows[:, :, None], columns[:, None, :]])
+    for rows, columns in holes:
+        batch.masked_fill_((rows[:, :, None] & columns[:, None, :])[:, None], 0.0)
+    return batch
+
+
+def _reflect(place, side):
+    """Places outside of 0..side - 1 seen in the mirrors at both ends; the end itself is not repeated."""
+    return (side - 1) - ((side - 1) - place.abs()).abs()
 
 
 def make_train_step(
     recipe: Recipe, num_classes: int, steps_per_epoch: int, *, bfloat16: bool, compiled: bool
-) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
-    """One step of a recipe: augmentation, forward, backward, Nesterov update, average.
+) -> Callable[[Tensor, Tensor, Tensor], StepInfo]:
+    """One step of a recipe on the CPU as `bench` times it: augmentation and `make_step`, without whitening filters.
 
     Args:
-      recipe: a rung of the ladder.
+      recipe: what to time; its compute dtype is left aside.
       num_classes: size of the logits.
       steps_per_epoch: of the schedule and the average.
       bfloat16: autocast over float32 master weights.
       compiled: whether the network goes through `torch.compile`.
 
     Returns:
-      `step(images, labels, ids) -> summed loss`; images are padded, see `make_batch`.
-    """
-    network = Network(recipe.model, num_classes).to(memory_format=torch.channels_last)
-    forward = torch.compile(network) if compiled else network
-    names, params = zip(*((n, p) for n, p in network.named_parameters() if p.requires_grad), strict=True)
-    scales = [recipe.optim.bias_scale if name.endswith("bias") else 1.0 for name in names]
-    velocity = [torch.zeros_like(p) for p in params]
-    live = [*params, *network.buffers()]
-    average = [t.detach().clone() for t in live] if recipe.average else []
-    knots, end = recipe.optim.schedule.knots(recipe.num_epochs), recipe.optim.schedule.end
-    count = 0
+      `step(images, labels, ids) -> sums over the batch`. The images are padded by the padding of the first
+      augmentation that has one; the first call draws the plan that all calls use.
 
-    def rate(time):
-        up, down = time / knots[1], 1 - (1 - end) * (time - knots[1]) / (knots[2] - knots[1])
-        return recipe.optim.peak_lr * (up if time < knots[1] else max(down, end))
+    Raises:
+      ValueError: a part of the recipe that the twin does not know.
+    """
+    check(recipe)
+    network = make_network(recipe.model, num_classes, 0, torch.device("cpu"))
+    average = copy.deepcopy(network) if recipe.average else None
+    update = make_step(recipe, network, average, steps_per_epoch, bfloat16=bfloat16, compiled=compiled)
+    pad = next((augmentation.padding for augmentation in recipe.augmentations if hasattr(augmentation, "padding")), 0)
+    plan = None
 
     def step(images, labels, ids):
-        nonlocal count
-        x = make_batch(recipe, images, ids)
-        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
-            logits = forward(x)
-        smoothing = recipe.loss.label_smoothing
-        loss = F.cross_entropy(logits.float(), labels[ids], label_smoothing=smoothing, reduction="sum")
-        network.zero_grad(set_to_none=True)
-        loss.backward()
-        count += 1
-        lr, decay, momentum = rate(count / steps_per_epoch), recipe.optim.weight_decay, recipe.optim.momentum
-        with torch.no_grad():
-            change = torch._foreach_div([p.grad for p in params], len(ids))
-            torch._foreach_add_(change, torch._foreach_mul(list(params), [decay / s for s in scales]))
-            torch._foreach_mul_(change, [-lr * s for s in scales])
-            torch._foreach_mul_(velocity, momentum)
-            torch._foreach_add_(velocity, change)
-            torch._foreach_add_(list(params), change)
-            torch._foreach_add_(list(params), velocity, alpha=momentum)
-            if average and (count - 1) % steps_per_epoch % recipe.average.every == 0:
-                torch._foreach_lerp_(average, live, 1 - recipe.average.decay**recipe.average.every)
-        return loss.detach()
+        nonlocal plan
+        images = images[:, pad : images.shape[1] - pad, pad : images.shape[2] - pad]
+        plan = plan or draw_plan(recipe, *images.shape[:3], torch.Generator().manual_seed(0))
+        return update(make_batch(recipe, images, plan, ids), labels[ids])
 
     return step
+
+
+def _cores():
+    """How many the process may use; unlike `records.device` this does not start JAX's device."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+class _Run(NamedTuple):
+    """A run before its first step."""
+
+    recipe: Recipe
+    data: Dataset  # of tensors on the device
+    step: Step
+    network: Network
+    evaluated: Network  # the average, if the recipe has one
+
+
+def _start(recipe: Recipe, num_classes: int, dataset: Dataset, seed: int, device: torch.device) -> _Run:
+    data = Dataset(*(_tensor(array).to(device) for array in dataset))
+    data = data._replace(train_labels=data.train_labels.long(), test_labels=data.test_labels.long())
+    network = make_network(recipe.model, num_classes, seed, device)
+    if recipe.model.whiten:
+        images = normalize(recipe, data.train_images[: recipe.init_images])
+        network.whiten.weight.copy_(whitening_filters(images, recipe.model.whiten_eps))
+    average = copy.deepcopy(network) if recipe.average else None
+    steps_per_epoch = len(data.train_labels) // recipe.batch_size
+    step = make_step(recipe, network, average, steps_per_epoch, bfloat16=recipe.compute_dtype != "float32")
+    return _Run(recipe, data, step, network, average or network)
+
+
+def _tensor(array):
+    return torch.from_numpy(np.require(array, requirements=("C", "W")))  # PyTorch warns of what it cannot write to
+
+
+def _train_epoch(run: _Run, generator: torch.Generator, on_step: Callable[[int, StepInfo], None] | None) -> StepInfo:
+    """Plans an epoch and takes its steps; returns the sums over its images, as Python numbers."""
+    images, labels, batch_size = run.data.train_images, run.data.train_labels, run.recipe.batch_size
+    plan = draw_plan(run.recipe, *images.shape[:3], generator)
+    plan = Plan(plan.order.to(images.device), tuple(option.to(images.device) for option in plan.options))
+    run.network.train()
+    totals = StepInfo(torch.tensor(0.0, device=images.device), torch.tensor(0, device=images.device))
+    for i in range(len(plan.order) // batch_size):
+        ids = plan.order[i * batch_size : (i + 1) * batch_size]
+        info = run.step(make_batch(run.recipe, images, plan, ids), labels[ids])
+        totals = StepInfo(totals.loss + info.loss, totals.correct + info.correct)
+        if on_step is not None:
+            on_step(i + 1, totals)
+    return StepInfo(*(total.item() for total in totals))
+
+
+def make_train(recipe: Recipe, num_classes: int, device: str | torch.device | None = None) -> Callable[..., RunResult]:
+    """The run of a recipe as a function of a seed and a data set, with the results of `fastcifar_jax.train.make_train`.
+
+    Same seed, recipe, data and machine: bitwise the same numbers on a CPU; on a GPU some of PyTorch's kernels add in
+    any order. Another seed draws other weights and plans; the numbers are never JAX's for the same seed.
+
+    The compute dtype "float32" is float32 throughout. "mixed" and "bfloat16" are both PyTorch's autocast to bfloat16
+    over float32 master weights, which keeps bfloat16 between the layers, and logits, losses and statistics in float32.
+
+    Training seconds count drawing the plan and all steps, not evaluation; setup seconds count the data's way to the
+    device, initialisation and whitening; compile seconds are those of a step and an evaluation on a network that is
+    thrown away, which a first call takes before its clock starts.
+
+    Args:
+      recipe: what to run.
+      num_classes: size of the logits.
+      device: None takes CUDA if PyTorch has it, where nothing of this was ever run, and the CPU otherwise. A CPU run
+        uses as many threads as the process has cores.
+
+    Returns:
+      `train(seed, dataset, on_epoch=None, on_step=None, on_compiled=None) -> RunResult` for a `Dataset` of NumPy
+      arrays. `on_epoch` is called with each finished `EpochInfo`; `on_step(epoch, step, totals)` after each step, with
+      tensors; `on_compiled(seconds)` before the first. The result's state is the state dict of the network that is
+      evaluated. `train` raises `Diverged` at the end of an epoch whose loss is not finite, and ValueError for a recipe
+      that does not fit the data.
+
+    Raises:
+      ValueError: a part or a compute dtype that the twin does not know, or ghost groups that do not divide the batch.
+    """
+    recipe = resolve_dtype(recipe)
+    check(recipe)
+    if recipe.compute_dtype not in ("float32", "mixed", "bfloat16"):
+        raise ValueError(
+            f"the PyTorch twin has no compute_dtype {recipe.compute_dtype!r}; use float32, mixed or bfloat16"
+        )
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    warm = set()
+
+    def warm_up(dataset):
+        train, test = recipe.batch_size, TEST_CHUNK
+        few = [array[:n] for array, n in zip(dataset, (train, train, test, test), strict=True)]
+        run = _start(recipe, num_classes, Dataset(*few), 0, device)
+        _train_epoch(run, torch.Generator().manual_seed(0), None)
+        evaluate(recipe, run.evaluated, run.data.test_images, run.data.test_labels)
+
+    def train(
+        seed: int,
+        dataset: Dataset,
+        on_epoch: Callable[[EpochInfo], None] | None = None,
+        on_step: Callable[[int, int, StepInfo], None] | None = None,
+        on_compiled: Callable[[float], None] | None = None,
+    ) -> RunResult:
+        num_train, num_test = len(dataset.train_labels), len(dataset.test_labels)
+        num_images = num_train - num_train % recipe.batch_size
+        if not num_images:
+            raise ValueError(
+                f"batch_size {recipe.batch_size} is larger than the {num_train} training images; set it lower"
+            )
+        shapes = tuple((array.shape, str(array.dtype)) for array in dataset)
+        compile_seconds = 0.0
+        if shapes not in warm:
+            begin = time.perf_counter()
+            warm_up(dataset)
+            compile_seconds = time.perf_counter() - begin
+            warm.add(shapes)
+        if on_compiled is not None:
+            on_compiled(compile_seconds)
+
+        seed_weights, seed_plans = map(int, np.random.SeedSequence(seed).generate_state(2))
+        begin = time.perf_counter()
+        run = _start(recipe, num_classes, dataset, seed_weights, device)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        setup_seconds = time.perf_counter() - begin
+
+        epochs: list[EpochInfo] = []
+        generator = torch.Generator().manual_seed(seed_plans)
+        for epoch in range(1, recipe.num_epochs + 1):
+            begin = time.perf_counter()
+            step_seen = None if on_step is None else functools.partial(on_step, epoch)
+            totals = _train_epoch(run, generator, step_seen)  # Python numbers, so the device has finished
+            seconds = time.perf_counter() - begin
+            sums = evaluate(recipe, run.evaluated, run.data.test_images, run.data.test_labels)
+            means = [*(x / num_images for x in totals), *(x / num_test for x in sums)]
+            epochs.append(EpochInfo(epoch, seconds, *means))
+            if not (math.isfinite(epochs[-1].train_loss) and math.isfinite(epochs[-1].test_loss)):
+                raise Diverged(recipe.name, tuple(epochs))
+            if on_epoch is not None:
+                on_epoch(epochs[-1])
+        rate = num_images * len(epochs) / sum(info.train_seconds for info in epochs)
+        return RunResult(run.evaluated.state_dict(), tuple(epochs), setup_seconds, compile_seconds, rate)
+
+    @functools.wraps(train)
+    def train_on_all_cores(*args, **kwargs):
+        threads = torch.get_num_threads()
+        torch.set_num_threads(_cores())
+        try:
+            return train(*args, **kwargs)
+        finally:
+            torch.set_num_threads(threads)
+
+    return train_on_all_cores

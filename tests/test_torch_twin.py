@@ -1,0 +1,500 @@
+"""The fast PyTorch twin: against the exact one where numbers can be equal, against the package where laws can be."""
+
+import copy
+import dataclasses
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.bag_of_tricks import baseline, final, ghost_norm, gpu_preprocessing
+from fastcifar_jax import whitening
+from fastcifar_jax.augment import Crop, Cutout, Flip, PerExample, ShuffledGroups, augment, normalize
+from fastcifar_jax.evaluate import NoTTA
+from fastcifar_jax.optim import Ema
+from fastcifar_jax.train import Diverged
+from fastcifar_jax.types import Dataset, EpochInfo, StepInfo
+from tests.reference import problem
+from tests.test_train import make_dataset, small
+from tests.test_twin import BY_NAME, reduced
+
+torch = pytest.importorskip("torch", reason='needs PyTorch: pip install -e ".[compare]"')
+
+from experiments import torch_twin  # noqa: E402
+from experiments.torch_network import (  # noqa: E402
+    Network,
+    evaluate,
+    learning_rate,
+    make_network,
+    make_step,
+    whitening_filters,
+)
+from experiments.torch_twin import Plan, draw_plan, make_batch, make_train, make_train_step  # noqa: E402
+from tests.reference import torch_resnet9 as exact  # noqa: E402
+
+ALL = (Crop(4), Flip(), Cutout(8))
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """The networks are tiny, and two threads that wait for each other on a busy machine take ten times as long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch_twin, "_cores", lambda: 1)
+        yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    """Four classes, 112 training and 20 test images of 16x16, not to be written to, as JAX hands arrays out."""
+    return Dataset(*(np.asarray(array) for array in make_dataset()))
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+# One step after another, against the exact twin.
+
+
+def path_of(name: str) -> str:
+    """ "layers.0.bn.weight" -> "layer1/block/norm/scale", the package's name."""
+    for i in range(3):
+        name = name.replace(f"layers.{i}.", f"layer{i + 1}.block.").replace(f".{i}.", f".res{i + 1}.")
+    name = name.removeprefix("residuals.").replace("bn.weight", "norm.scale").replace("bn.", "norm.")
+    return name.replace("linear.weight", "linear").replace("weight", "kernel").replace(".", "/")
+
+
+def to_flat(network: Network) -> dict[str, np.ndarray]:
+    """In the package's names and layouts, one set of running statistics."""
+    flat = {path_of(name): x.detach().numpy().copy() for name, x in network.state_dict().items()}
+    return {path: x.transpose(2, 3, 1, 0) if x.ndim == 4 else x.T for path, x in flat.items()}
+
+
+def merged(flat: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """With the mean of the groups' running statistics, which is what evaluation uses."""
+    return {path: x.mean(0) if path.endswith(("mean", "var")) else x for path, x in flat.items()}
+
+
+def load_flat(network: Network, flat: dict[str, np.ndarray]) -> None:
+    for name, x in network.state_dict().items():
+        array = torch.tensor(merged(flat)[path_of(name)])
+        x.copy_(array.permute(3, 2, 0, 1) if x.ndim == 4 else array.T if x.ndim == 2 else array)
+
+
+def follow(name: str, case: problem.Case, dtype: torch.dtype):
+    """Both twins from the same weights on the same batches.
+
+    Returns:
+      The recipe, the fast network and the one that is evaluated, its losses, and the exact twin's trajectory.
+    """
+    recipe, row = reduced(BY_NAME[name], case, "float32"), exact.ROWS[name]
+    shapes = exact.to_flat(exact.TorchResNet9(row, case.width).state_dict(), row.groups)
+    weights = problem.initial_weights({path: x.shape for path, x in shapes.items()})
+    theirs = exact.train_twin(row, case, weights, dtype)
+
+    network = make_network(recipe.model, problem.NUM_CLASSES, 0, CPU).to(dtype)
+    load_flat(network, weights)
+    average = copy.deepcopy(network) if recipe.average else None
+    step = make_step(recipe, network, average, case.steps_per_epoch, bfloat16=False)
+    # Image n is in group n % groups there and in slice n // (batch / groups) here.
+    order = torch.arange(case.batch_size).reshape(-1, row.groups).T.flatten()
+    infos = []
+    for pixels, labels in problem.batches(case):
+        infos.append(step(exact.normalized(pixels, dtype)[order], torch.as_tensor(labels)[order]))
+    return recipe, network, average or network, infos, theirs
+
+
+def assert_same(ours, theirs, rtol, atol):
+    assert set(ours) == set(theirs)
+    for path in theirs:
+        np.testing.assert_allclose(ours[path], theirs[path], rtol, atol, err_msg=path)
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_six_steps_of_every_recipe_follow_the_exact_twin(name):
+    # In float64: to 1e-15 with ReLU, to 4e-7 with PyTorch's CELU, whose gradient is off by 1e-7 there.
+    _, network, evaluated, infos, theirs = follow(name, problem.LADDER, torch.float64)
+    np.testing.assert_allclose([float(info.loss) for info in infos], theirs.losses, rtol=1e-7)
+    assert [int(info.correct) for info in infos] == theirs.correct
+    assert_same(to_flat(network), merged(theirs.weights), 0, 4e-6)
+    frozen = theirs.weights.keys() - theirs.average.keys()
+    if theirs.average:
+        assert_same(to_flat(evaluated), {**merged(theirs.weights), **merged(theirs.average)}, 0, 4e-6)
+        assert frozen == {path for path in theirs.weights if path.endswith("scale") or path.startswith("whiten")}
+    x = exact.normalized(problem.held_out(problem.LADDER), torch.float64)
+    with torch.no_grad():
+        evaluated.eval()
+        np.testing.assert_allclose(evaluated(x), theirs.logits, 0, 4e-6)
+        np.testing.assert_allclose((evaluated(x) + evaluated(x.flip(3))) / 2, theirs.tta_logits, 0, 4e-6)
+
+
+@pytest.mark.parametrize("name", ["baseline", "ghost_norm", "frozen_scales", "whitening", "final"])
+def test_a_float32_step_and_evaluation_follow_the_exact_twin(name):
+    case = problem.LADDER._replace(num_steps=1)
+    recipe, network, evaluated, infos, theirs = follow(name, case, torch.float32)
+    np.testing.assert_allclose(float(infos[0].loss), theirs.losses[0], rtol=1e-5)
+    assert_same(to_flat(network), merged(theirs.weights), 1e-3, 1e-4)
+    assert_same(to_flat(evaluated), {**merged(theirs.weights), **merged(theirs.average)}, 1e-3, 1e-4)
+
+    labels = torch.arange(25) % 10
+    found = evaluate(recipe, evaluated, torch.as_tensor(problem.held_out(case)), labels)
+    for logits, loss, correct in ((theirs.logits, *found[:2]), (theirs.tta_logits, *found[2:])):
+        logits = torch.as_tensor(logits)
+        expected = exact.per_example_loss(logits, labels, recipe.loss.label_smoothing).sum()
+        assert loss == pytest.approx(float(expected), rel=1e-3)
+        assert correct == (logits.argmax(1) == labels).sum()
+
+
+def test_initial_weights_are_pytorchs_and_leave_its_generators_alone():
+    before = torch.get_rng_state()
+    network = make_network(final.model, 10, 3, CPU)
+    assert torch.equal(torch.get_rng_state(), before)
+    for name, weight in network.named_parameters():
+        weight = weight.detach()
+        if weight.ndim > 1:
+            bound = weight[0].numel() ** -0.5
+            assert 0.97 * bound < weight.abs().max() <= bound, name
+            assert weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.1), name
+        else:
+            assert (weight == (1 if name.endswith("weight") else 0)).all(), name
+    trained = {name for name, p in network.named_parameters() if p.requires_grad}
+    assert len(trained) == 17 and sum(p.numel() for p in network.parameters() if p.requires_grad) == 6_570_880
+    again, other = make_network(final.model, 10, 3, CPU), make_network(final.model, 10, 4, CPU)
+    assert torch.equal(again.linear.weight, network.linear.weight)
+    assert not torch.equal(other.linear.weight, network.linear.weight)
+
+
+# Augmentation.
+
+
+def counts(options):
+    return options.unique(dim=0, return_counts=True)[1]
+
+
+def test_groups_are_balanced():
+    plan = draw_plan(gpu_preprocessing, 50_000, 32, 32, generator())
+    crop, flip, cutout = (counts(options) for options in plan.options)
+    assert sorted(crop.tolist()) == [617] * 58 + [618] * 23
+    assert flip.tolist() == [25_000] * 2
+    assert cutout.tolist() == [250] * 200
+    assert torch.equal(plan.order.sort()[0], torch.arange(50_000))
+
+
+def test_each_epoch_keeps_other_options():
+    draws = generator()
+    plans = [draw_plan(gpu_preprocessing, 400, 32, 32, draws) for _ in range(20)]
+    assert len(torch.cat([plan.options[2] for plan in plans]).unique(dim=0)) > 600  # of 625; a plan uses 200
+
+
+@pytest.mark.parametrize(("num_images", "max_options"), [(731, 200), (731, None), (60, 200)])
+def test_groups_differ_by_one_image_at_most(num_images, max_options):
+    recipe = replace(gpu_preprocessing, choices=ShuffledGroups(max_options))
+    plan = draw_plan(recipe, num_images, 32, 32, generator())
+    for augmentation, options in zip(ALL, plan.options, strict=True):
+        used = min(len(augmentation.options(32, 32)), max_options or 1000, num_images)
+        assert len(counts(options)) == used
+        assert counts(options).max() - counts(options).min() <= 1
+
+
+def test_transforms_are_grouped_independently():
+    """Which images are flipped says nothing about where they are cropped or cut, nor about their place in the epoch."""
+    plan = draw_plan(gpu_preprocessing, 50_000, 32, 32, generator())
+    crop, flip, cutout = (options.float() for options in plan.options)
+    place = plan.order.argsort().float()
+    found = torch.corrcoef(torch.stack([place, flip, *crop.T, cutout[:, 0]]))
+    assert (found - torch.eye(5)).abs().max() < 0.02  # the standard deviation of each is 0.004
+
+
+def test_per_example_options_are_uniform():
+    plan = draw_plan(replace(baseline, choices=PerExample()), 100_000, 32, 32, generator())
+    for options, count in zip(plan.options, (81, 2, 625), strict=True):
+        found = counts(options).double()
+        assert len(found) == count
+        # Chi-square over `count` options has mean count - 1 and variance 2 (count - 1).
+        chi_square = ((found - 100_000 / count) ** 2 / (100_000 / count)).sum()
+        assert 0 < chi_square < (count - 1) + 5 * np.sqrt(2 * (count - 1))
+
+
+@pytest.mark.parametrize(
+    "augmentations",
+    [ALL, (Crop(4), Flip()), (Cutout(5), Flip(), Crop(7)), (Crop(2), Cutout(3), Crop(1), Cutout(4)), ()],
+    ids=str,
+)
+def test_pixels_are_those_of_the_package(augmentations):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (40, 12, 16, 3)).astype(np.uint8)
+    tables = [augmentation.options(12, 16) for augmentation in augmentations]
+    choices = [rng.integers(0, len(table), 40) for table in tables]
+    options = tuple(torch.as_tensor(table[choice]) for table, choice in zip(tables, choices, strict=True))
+    ids = rng.permutation(40)[:30]
+
+    recipe = replace(baseline, augmentations=augmentations)
+    found = make_batch(recipe, torch.as_tensor(images), Plan(torch.arange(40), options), torch.as_tensor(ids))
+    normalized = normalize(jnp.asarray(images[ids]), recipe.mean, recipe.std)
+    expected = augment(normalized, augmentations, tuple(jnp.asarray(choice[ids]) for choice in choices))
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    np.testing.assert_allclose(found.permute(0, 2, 3, 1), expected, rtol=1e-6, atol=1e-7)
+
+
+def test_an_epochs_batches_hold_every_image_once_with_its_label(monkeypatch):
+    seen = []
+
+    def make_spy(recipe, network, average, steps_per_epoch, **kwargs):
+        def step(images, labels):
+            seen.append((images, labels))
+            return StepInfo(torch.tensor(1.0), torch.tensor(3))
+
+        return step
+
+    monkeypatch.setattr(torch_twin, "make_step", make_spy)
+    grey = np.arange(100, dtype=np.uint8)
+    images = np.broadcast_to(grey[:, None, None, None], (100, 16, 16, 3))
+    recipe = small(baseline, num_epochs=2, mean=(0.0,) * 3, std=(1.0,) * 3)
+    grey_images = Dataset(images, grey.astype(np.int32), images[:8], np.zeros(8, np.int32))
+    train = make_train(recipe, 100)
+    result, other = train(0, grey_images), train(1, grey_images)
+    epochs = seen[1:4], seen[4:7], seen[7:10], seen[10:]  # the first is the warm-up
+    orders = [torch.cat([labels for _, labels in epoch]) for epoch in epochs]
+    for epoch, order in zip(epochs, orders, strict=True):
+        assert len(order) == len(order.unique()) == 96
+        for x, labels in epoch:
+            assert torch.equal(x, labels[:, None, None, None].float().expand_as(x))
+    assert len({tuple(order.tolist()) for order in orders}) == 4  # another order each epoch and for each seed
+    assert not torch.equal(result.state["linear.weight"], other.state["linear.weight"])  # the spy trains nothing
+    assert [(row.train_loss, row.train_accuracy) for row in result.epochs] == [(3 / 96, 9 / 96)] * 2
+
+
+# Whitening, schedule, average.
+
+
+def test_whitening_filters_are_the_packages_up_to_sign():
+    with jax.enable_x64(True):
+        images = normalize(jnp.asarray(problem.whitening_images()), final.mean, final.std, jnp.float64)
+        theirs = np.asarray(whitening.whitening_filters(images, eps=0.02)).transpose(3, 2, 0, 1)
+    ours = whitening_filters(torch.tensor(np.asarray(images)).permute(0, 3, 1, 2), 0.02).numpy()
+    signs = np.sign((ours * theirs).sum((1, 2, 3), keepdims=True))
+    np.testing.assert_allclose(ours, signs * theirs, rtol=1e-7, atol=1e-9)
+
+
+def test_filters_come_from_the_first_images_and_stay(dataset):
+    recipe = small(final, init_images=40)
+    found = make_train(recipe, 4)(0, dataset).state["whiten.weight"]
+    images = torch.tensor(np.asarray(normalize(jnp.asarray(dataset.train_images[:40]), recipe.mean, recipe.std)))
+    expected = whitening_filters(images.permute(0, 3, 1, 2), recipe.model.whiten_eps)
+    np.testing.assert_allclose(found.abs(), expected.abs(), rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("recipe", [baseline, ghost_norm, final], ids=lambda recipe: recipe.name)
+def test_schedule_is_the_packages(recipe):
+    schedule = recipe.optim.schedule(recipe.num_epochs)
+    times = np.linspace(0, recipe.num_epochs + 1, 50)
+    expected = [recipe.optim.peak_lr * float(schedule(time)) for time in times]
+    np.testing.assert_allclose([learning_rate(recipe, time) for time in times], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_average_is_the_packages():
+    """Ten steps, seven to an epoch: updates after steps 1, 6 and 8."""
+    recipe = reduced(final, problem.EPOCHS, "float32")
+    network = make_network(recipe.model, 10, 0, CPU)
+    average = copy.deepcopy(network)
+    step = make_step(recipe, network, average, 7, bfloat16=False)
+    as_tree = lambda network: {str(i): jnp.array(x.detach()) for i, x in enumerate(network.averaged_tensors())}
+    expected, update, moved = recipe.average.init(as_tree(network)), jax.jit(recipe.average.update), []
+    for i in range(10):
+        pixels, labels = problem.images_and_labels(64, 16, seed=i)
+        before = as_tree(average)
+        step(exact.normalized(pixels, torch.float32), torch.as_tensor(labels))
+        expected = update(expected, as_tree(network), jnp.int32(i % 7))
+        moved.append(not all(np.array_equal(a, b) for a, b in zip(before.values(), as_tree(average).values())))
+        assert_same(as_tree(average), expected, 1e-5, 1e-6)
+    assert [i + 1 for i in range(10) if moved[i]] == [1, 6, 8]
+    assert len(expected) == 9 + 8 + 16  # weights, biases, running statistics
+
+
+# The whole run.
+
+
+@pytest.fixture(scope="module")
+def final_run(dataset):
+    """`final` at the tests' size and its run with seed 0."""
+    recipe = small(final)
+    train = make_train(recipe, 4)
+    return recipe, train, train(0, dataset)
+
+
+def numbers(result):
+    """Everything but the times."""
+    return [row._replace(train_seconds=0.0) for row in result.epochs]
+
+
+def test_same_seed_same_numbers_bit_for_bit(final_run, dataset):
+    recipe, train, first = final_run
+    before, threads = torch.get_rng_state(), torch.get_num_threads()
+    again, other = train(0, dataset), train(1, dataset)
+    assert torch.equal(torch.get_rng_state(), before) and torch.get_num_threads() == threads
+    assert numbers(again) == numbers(first) == numbers(make_train(recipe, 4)(0, dataset))
+    assert all(torch.equal(again.state[name], first.state[name]) for name in first.state)
+    assert numbers(other) != numbers(first)
+    assert first.compile_seconds > again.compile_seconds == 0
+
+
+def test_result_has_the_packages_form(final_run):
+    _, _, result = final_run
+    assert [row.epoch for row in result.epochs] == [1, 2, 3]
+    for row in result.epochs:
+        assert isinstance(row, EpochInfo)
+        assert all(type(value) is float for value in row[1:])
+        for accuracy, images in ((row.train_accuracy, 96), (row.test_accuracy, 20), (row.tta_accuracy, 20)):
+            assert 0 <= accuracy <= 1 and accuracy * images == pytest.approx(round(accuracy * images))
+    assert result.setup_seconds > 0
+    assert result.images_per_second == pytest.approx(3 * 96 / sum(row.train_seconds for row in result.epochs))
+    assert result.train_seconds > result.setup_seconds
+
+
+def test_callbacks(final_run, dataset):
+    _, train, first = final_run
+    rows, steps, compiled = [], [], []
+    train(0, dataset, rows.append, lambda *seen: steps.append(seen), compiled.append)
+    assert [row._replace(train_seconds=0.0) for row in rows] == numbers(first)
+    assert compiled == [0.0]
+    assert [seen[:2] for seen in steps] == [(epoch, step) for epoch in (1, 2, 3) for step in (1, 2, 3)]
+    for row, (_, _, totals) in zip(first.epochs, steps[2::3], strict=True):
+        assert (float(totals.loss) / 96, int(totals.correct) / 96) == (row.train_loss, row.train_accuracy)
+
+
+def test_the_average_is_evaluated_and_changes_no_training(final_run, dataset):
+    recipe, _, averaged = final_run
+    live = make_train(replace(recipe, average=None), 4)(0, dataset)
+    last = make_train(replace(recipe, average=Ema(decay=0.0, every=1)), 4)(0, dataset)
+    trained = lambda result: [row[:4] for row in numbers(result)]
+    assert trained(averaged) == trained(live) == trained(last)
+    assert numbers(last) == numbers(live) != numbers(averaged)
+    for name, x in live.state.items():
+        assert torch.equal(last.state[name], x)
+        if name.endswith(("conv.weight", "mean", "var", "bias")):
+            assert not torch.equal(averaged.state[name], x), name
+
+
+def test_tta_is_the_mean_of_both_views(dataset):
+    recipe = small(baseline, num_epochs=8, augmentations=())  # a mirrored quadrant is another class
+    result = make_train(recipe, 4)(0, dataset)
+    network = Network(recipe.model, 4)
+    network.load_state_dict(result.state)
+    x = torch.tensor(np.asarray(normalize(jnp.asarray(dataset.test_images), recipe.mean, recipe.std)))
+    x, labels = x.permute(0, 3, 1, 2), torch.as_tensor(np.array(dataset.test_labels)).long()
+    with torch.no_grad():
+        network.eval()
+        plain, mirrored = network(x), network(x.flip(3))
+    row = result.epochs[-1]
+    assert row.test_accuracy > 0.7 > row.tta_accuracy
+    for logits, loss, accuracy in (
+        (plain, row.test_loss, row.test_accuracy),
+        ((plain + mirrored) / 2, row.tta_loss, row.tta_accuracy),
+    ):
+        expected = exact.per_example_loss(logits, labels, 0.0).mean()
+        assert loss == pytest.approx(float(expected), rel=1e-3, abs=1e-6)
+        assert accuracy == pytest.approx((logits.argmax(1) == labels).sum().item() / 20)
+
+
+def test_without_tta_both_columns_are_the_same(dataset):
+    row = make_train(small(final, tta=NoTTA()), 4)(0, dataset).epochs[-1]
+    assert (row.test_loss, row.test_accuracy) == (row.tta_loss, row.tta_accuracy)
+
+
+@pytest.mark.parametrize("compute_dtype", ["float32", "mixed"])
+def test_it_learns(compute_dtype):
+    """100 steps of the baseline tell the quadrants apart, as in the package; chance is 0.25."""
+    learnable = Dataset(*(np.asarray(array) for array in make_dataset(160, 40)))
+    recipe = small(baseline, num_epochs=20, augmentations=(), compute_dtype=compute_dtype)
+    result = make_train(recipe, 4)(0, learnable)
+    assert result.epochs[-1].test_accuracy > 0.9
+    assert result.epochs[-1].train_loss < result.epochs[0].train_loss
+
+
+def test_bfloat16_is_the_same_run_but_for_rounding(final_run, dataset):
+    _, _, float32 = final_run
+    mixed = make_train(small(final, compute_dtype="mixed"), 4)(0, dataset)
+    assert numbers(mixed) == numbers(make_train(small(final, compute_dtype="bfloat16"), 4)(0, dataset))
+    assert numbers(mixed) != numbers(float32)
+    assert mixed.epochs[0].train_loss == pytest.approx(float32.epochs[0].train_loss, rel=0.02)
+    assert all(x.dtype == torch.float32 for x in mixed.state.values())
+
+
+def test_diverged(dataset):
+    recipe, seen = small(final), []
+    train = make_train(replace(recipe, optim=replace(recipe.optim, peak_lr=1e30)), 4)
+    with pytest.raises(Diverged, match="final diverged in epoch 1.*lower optim.peak_lr") as error:
+        train(0, dataset, seen.append)
+    assert not seen and not np.isfinite(error.value.epochs[-1].train_loss)
+
+
+def test_bench_step_takes_padded_images(dataset):
+    padded = np.pad(dataset.train_images, ((0, 0), (2, 2), (2, 2), (0, 0)), mode="reflect")
+    images, labels = torch.from_numpy(padded), torch.from_numpy(dataset.train_labels.copy()).long()
+    step = make_train_step(small(final), 4, 3, bfloat16=True, compiled=False)
+    first, *_, last = [step(images, labels, torch.arange(32)) for _ in range(9)]
+    assert np.isfinite(float(first.loss)) and last.loss < first.loss
+
+
+# What it refuses.
+
+
+@dataclasses.dataclass(frozen=True)
+class Invert:
+    """An augmentation of a fork."""
+
+    def options(self, height, width):
+        return np.array([True, False])
+
+    def __call__(self, image, option):
+        return jnp.where(option, -image, image)
+
+
+@dataclasses.dataclass(frozen=True)
+class Focal:
+    """A loss of a fork."""
+
+    label_smoothing: float = 0.0
+
+    def __call__(self, logits, labels):
+        return jnp.zeros(len(labels))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"augmentations": (Crop(4), Invert())},
+            r"augmentations Invert\(\); the PyTorch twin knows Crop, Flip, Cutout",
+        ),
+        (
+            {"loss": Focal()},
+            r"loss Focal\(label_smoothing=0.0\); the PyTorch twin knows CrossEntropy: train it with JAX",
+        ),
+        ({"model": replace(final.model, extra_layers=("layer2",))}, r"no model.extra_layers \('layer2',\)"),
+        ({"model": replace(final.model, norm=replace(final.model.norm, faithful=True))}, "no model.norm.faithful True"),
+        ({"compute_dtype": "float16"}, "no compute_dtype 'float16'; use float32, mixed or bfloat16"),
+        ({"compute_dtype": "float64"}, "no compute_dtype 'float64'"),
+        ({"batch_size": 100}, "a batch of 100 images is not 16 equal ghost groups; change batch_size"),
+    ],
+)
+def test_refuses_what_it_does_not_know(changes, message):
+    with pytest.raises(ValueError, match=message):
+        make_train(replace(final, **changes), 10)
+
+
+def test_refuses_data_that_do_not_fit(dataset):
+    with pytest.raises(ValueError, match="batch_size 512 is larger than the 112 training images; set it lower"):
+        make_train(replace(final, compute_dtype="float32"), 4)(0, dataset)
+    with pytest.raises(ValueError, match="Crop pads by 16 pixels"):
+        make_train(small(final, augmentations=(Crop(16),)), 4)(0, dataset)
+
+
+def test_versions():
+    assert torch_twin.versions() == {"torch": torch.__version__}
