@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
 from fastcifar_jax.conv import conv
-from fastcifar_jax.norm import normalize_groups
+from fastcifar_jax.norm import groups_here, normalize_groups
 from fastcifar_jax.pooling import max_pool
 from fastcifar_jax.types import Images, Logits, Params
 from fastcifar_jax.whitening import whitening_filters
@@ -47,12 +47,18 @@ class Model(NamedTuple):
         training; the identity for most.
       macs: `(variables, images) -> nested dict` of the multiply-accumulates of one image's forward pass, layer by
         layer; evaluates shapes only.
+      num_groups: ghost groups in a training batch, the first axis of every leaf of `batch_stats`; image n belongs to
+        group `n % num_groups`.
+      split: `axis_name -> Model` for devices that each train on their `norm.share_of_batch`, inside `jax.shard_map`
+        over a mesh with that axis; None where the network knows no such thing.
     """
 
     init: Callable[[PRNGKeyArray, Images], Variables]
     apply: Callable[[Variables, Images, bool], tuple[Logits, Params]]
     enter_evaluation: Callable[[Params], Params]
     macs: Callable[[Variables, Images], dict[str, Any]]
+    num_groups: int = 1
+    split: Callable[[str], "Model"] | None = None
 
 
 class Network(Protocol):
@@ -180,10 +186,10 @@ class ResNet9:
           compute_dtype: a key of `PRECISIONS`.
         """
         net = _ResNet9(self, num_classes, PRECISIONS[compute_dtype])
-        return _linen_model(net, merge_on_evaluation=self.norm.faithful)
+        return _linen_model(net, self.norm)
 
 
-def _linen_model(net: nn.Module, merge_on_evaluation: bool) -> Model:
+def _linen_model(net: nn.Module, norm: Norm) -> Model:
     def init(key, images):
         variables = net.init(key, images, train=False)  # so that any number of images will do
         return {name: variables.get(name, {}) for name in ("params", "frozen", "batch_stats")}
@@ -197,7 +203,7 @@ def _linen_model(net: nn.Module, merge_on_evaluation: bool) -> Model:
     def enter_evaluation(batch_stats):
         # The mean over groups is linear, as are the running statistics, so without `faithful` it makes no
         # difference whether the merged values are written back; evaluation takes the mean.
-        return jax.tree.map(_merge_groups, batch_stats) if merge_on_evaluation else batch_stats
+        return jax.tree.map(_merge_groups, batch_stats) if norm.faithful else batch_stats
 
     def macs(variables, images):
         found = {}
@@ -208,7 +214,10 @@ def _linen_model(net: nn.Module, merge_on_evaluation: bool) -> Model:
         jax.eval_shape(trace, variables, images)
         return found
 
-    return Model(init, apply, enter_evaluation, macs)
+    def split(axis_name):
+        return _linen_model(net.clone(axis_name=axis_name), norm)
+
+    return Model(init, apply, enter_evaluation, macs, norm.num_groups, split)
 
 
 def _merge_groups(statistics: Array) -> Array:
@@ -256,6 +265,7 @@ class _GhostBatchNorm(nn.Module):
 
     config: Norm
     precision: Precision
+    axis_name: str | None = None  # of the devices that a training batch is split over
 
     @nn.compact
     def __call__(self, x, train):
@@ -277,10 +287,11 @@ class _GhostBatchNorm(nn.Module):
             y = (x.astype(dtype) - _over_maps(mean)) * _over_maps(weight) + _over_maps(bias)
             return y.astype(x.dtype)
 
+        groups, over = groups_here(groups, self.axis_name)
         if batch % groups:
             raise ValueError(f"a batch of {batch} images is not {groups} equal ghost groups; change batch_size")
-        y, mean, var = normalize_groups(x, scale, bias, groups, config.eps)
-        size = batch // groups * height * width
+        y, mean, var = normalize_groups(x, scale, bias, groups, config.eps, over)
+        size = batch // groups * height * width * (1 if over is None else jax.lax.axis_size(over))
         keep, unbiased = config.momentum, size / max(size - 1, 1)
         running_mean.value = keep * running_mean.value + (1 - keep) * mean
         running_var.value = keep * running_var.value + (1 - keep) * unbiased * var
@@ -295,6 +306,7 @@ class _Block(nn.Module):
     precision: Precision
     size: int = 3
     pool: bool = False
+    axis_name: str | None = None
 
     @nn.compact
     def __call__(self, x, train):
@@ -303,7 +315,7 @@ class _Block(nn.Module):
             if layer == "conv":
                 x = _Conv(self.features, self.size, self.precision, name="conv")(x)
             elif layer == "norm":
-                x = _GhostBatchNorm(self.config.norm, self.precision, name="norm")(x, train)
+                x = _GhostBatchNorm(self.config.norm, self.precision, self.axis_name, name="norm")(x, train)
             elif layer == "act":
                 x = self.config.activation(x)
             else:
@@ -317,10 +329,13 @@ class _Layer(nn.Module):
     config: ResNet9
     features: int
     precision: Precision
+    axis_name: str | None = None
 
     @nn.compact
     def __call__(self, x, train):
-        block = lambda name, **kwargs: _Block(self.config, self.features, self.precision, name=name, **kwargs)
+        block = lambda name, pool=False: _Block(
+            self.config, self.features, self.precision, pool=pool, axis_name=self.axis_name, name=name
+        )
         x = block("block", pool=True)(x, train)
         if self.name in self.config.res_layers:
             x = x + block("res2")(block("res1")(x, train), train)  # no activation after the sum
@@ -333,18 +348,19 @@ class _ResNet9(nn.Module):
     config: ResNet9
     num_classes: int
     precision: Precision
+    axis_name: str | None = None
 
     @nn.compact
     def __call__(self, images, train):
-        config, precision = self.config, self.precision
+        config, precision, axis_name = self.config, self.precision, self.axis_name
         if config.whiten:
             x = _Whiten(config.whiten_eps, precision, name="whiten")(images)
         else:
             x = images.astype(precision.activations)
         prep_size = 1 if config.whiten else 3
-        x = _Block(config, config.channels[0], precision, size=prep_size, name="prep")(x, train)
+        x = _Block(config, config.channels[0], precision, size=prep_size, axis_name=axis_name, name="prep")(x, train)
         for i, features in enumerate(config.channels[1:], start=1):
-            x = _Layer(config, features, precision, name=f"layer{i}")(x, train)
+            x = _Layer(config, features, precision, axis_name, name=f"layer{i}")(x, train)
         x = max_pool(x, x.shape[1:3]).reshape(len(x), -1)  # 4x4 for images of 32x32
         kernel = self.param("linear", _torch_uniform, (x.shape[-1], self.num_classes), precision.params)
         self.sow("macs", "linear", kernel.size)

@@ -5,16 +5,21 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from fastcifar_jax.types import Images
 
 Statistics = Float[Array, "groups channels"]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def normalize_groups(
-    x: Images, scale: Float[Array, " channels"], bias: Float[Array, " channels"], num_groups: int, eps: float
+    x: Images,
+    scale: Float[Array, " channels"],
+    bias: Float[Array, " channels"],
+    num_groups: int,
+    eps: float,
+    axis_name: str | None = None,
 ) -> tuple[Images, Statistics, Statistics]:
     """Batch norm in training mode, separately for the images n with the same `n % num_groups`.
 
@@ -27,25 +32,29 @@ def normalize_groups(
       bias: added to them.
       num_groups: ghost groups in the batch.
       eps: added to the variances.
+      axis_name: mesh axis whose devices hold equal parts of every group; None where each group is whole here.
 
     Returns:
       The maps in `x.dtype`, and the means and biased variances of the groups. No gradient flows through the
-      statistics: they are for the running averages.
+      statistics: they are for the running averages. The gradients of scale and bias are those of the images on this
+      device.
     """
-    return _normalize_and_residuals(x, scale, bias, num_groups, eps)[0]
+    return _normalize_and_residuals(x, scale, bias, num_groups, eps, axis_name)[0]
 
 
-def _normalize_and_residuals(x, scale, bias, num_groups, eps):
+def _normalize_and_residuals(x, scale, bias, num_groups, eps, axis_name):
+    over_devices = (lambda a: a) if axis_name is None else functools.partial(lax.pmean, axis_name=axis_name)
     grouped = _group(x, num_groups).astype(scale.dtype)
-    mean = grouped.mean((0, 2))
-    variance = jnp.square(grouped - _over_maps(mean)).mean((0, 2))  # E[x^2] - E[x]^2 would lose digits
+    mean = over_devices(grouped.mean((0, 2)))
+    # E[x^2] - E[x]^2 would lose digits.
+    variance = over_devices(jnp.square(grouped - _over_maps(mean)).mean((0, 2)))
     inverse = lax.rsqrt(variance + eps)
     weight = inverse * scale[None, :]
     y = _affine(grouped, weight, bias[None, :] - mean * weight)
     return (y.reshape(x.shape).astype(x.dtype), mean, variance), (x, scale, mean, inverse)
 
 
-def _gradients(num_groups, eps, residuals, cotangents):
+def _gradients(num_groups, eps, axis_name, residuals, cotangents):
     del eps
     x, scale, mean, inverse = residuals
     # The barrier has the cotangent computed once, and what is made of x not before it is needed.
@@ -53,14 +62,61 @@ def _gradients(num_groups, eps, residuals, cotangents):
     grouped, cotangent = (_group(a, num_groups).astype(scale.dtype) for a in (x, cotangent))
     total = cotangent.sum((0, 2))
     moment = (cotangent * (grouped - _over_maps(mean))).sum((0, 2)) * inverse
+    of_scale, of_bias = moment.sum(0), total.sum(0)
     size, weight = grouped.shape[0] * grouped.shape[2], inverse * scale[None, :]
+    if axis_name is not None:  # an image moves the statistics that the other devices' images are normalised by
+        total, moment = lax.psum((total, moment), axis_name)
+        size *= lax.axis_size(axis_name)
     # weight * (cotangent - total / size - normalised * moment / size), gathered into one factor of each array
     of_x = weight * inverse * moment / size
     to_x = _affine(cotangent, weight, -weight * total / size) + _affine(grouped, -of_x, mean * of_x)
-    return to_x.reshape(x.shape).astype(x.dtype), moment.sum(0), total.sum(0)
+    return to_x.reshape(x.shape).astype(x.dtype), of_scale, of_bias
 
 
 normalize_groups.defvjp(_normalize_and_residuals, _gradients)
+
+
+def whole_groups(num_groups: int, devices: int) -> bool:
+    """Whether a batch split over `devices` keeps every ghost group on one of them; else each gets a part of all."""
+    return num_groups % devices == 0
+
+
+def groups_here(num_groups: int, axis_name: str | None) -> tuple[int, str | None]:
+    """Ghost groups that have images on this device, and the axis that their statistics must be averaged over.
+
+    Args:
+      num_groups: of the whole batch.
+      axis_name: mesh axis that the batch is split over; None for no split.
+    """
+    if axis_name is None:
+        return num_groups, None
+    devices = lax.axis_size(axis_name)
+    return (num_groups // devices, None) if whole_groups(num_groups, devices) else (num_groups, axis_name)
+
+
+def share_of_batch(batch: Int[Array, " batch"], num_groups: int, axis_name: str) -> Int[Array, " share"]:
+    """The images of a batch that this device trains on, such that image n of the share is in group n % `groups_here`.
+
+    Device d gets the d-th run of groups where `whole_groups` holds, else the d-th run of consecutive images.
+
+    Args:
+      batch: the images of the whole batch; the same on every device.
+      num_groups: ghost groups in the whole batch.
+      axis_name: mesh axis that the batch is split over.
+
+    Raises:
+      ValueError: the batch cannot be split evenly.
+    """
+    devices, count = lax.axis_size(axis_name), len(batch)
+    axis = 1 if whole_groups(num_groups, devices) else 0
+    if count % num_groups or (count // num_groups, num_groups)[axis] % devices:
+        raise ValueError(
+            f"a batch of {count} images in {num_groups} ghost groups cannot be split evenly over {devices} devices; "
+            f"make batch_size a multiple of {num_groups if axis else num_groups * devices}, or use fewer devices"
+        )
+    grouped = batch.reshape(-1, num_groups)
+    size = grouped.shape[axis] // devices
+    return lax.dynamic_slice_in_dim(grouped, lax.axis_index(axis_name) * size, size, axis).reshape(-1)
 
 
 def _group(x, num_groups):

@@ -15,10 +15,11 @@ from jax import lax
 from jaxtyping import Array, Int, PRNGKeyArray
 
 from fastcifar_jax.augment import EpochPlan, augment, normalize
-from fastcifar_jax.conv import Driver, default_driver
+from fastcifar_jax.conv import Driver, compiler_options, default_driver
 from fastcifar_jax.evaluate import evaluate
 from fastcifar_jax.losses import num_correct
 from fastcifar_jax.model import Model
+from fastcifar_jax.norm import share_of_batch
 from fastcifar_jax.optim import Average
 from fastcifar_jax.recipe import Recipe, resolve_dtype
 from fastcifar_jax.types import Batch, Dataset, EpochInfo, Evaluation, RunResult, StepInfo, TrainState
@@ -60,6 +61,7 @@ def make_train_step(
     tx: optax.GradientTransformation,
     average: Average | None,
     steps_per_epoch: int,
+    axis_name: str | None = None,
 ) -> TrainStep:
     """One optimiser step as a pure function `(state, batch) -> (state, info)`.
 
@@ -72,6 +74,8 @@ def make_train_step(
       tx: receives the gradient of the mean loss.
       average: updated after the weights; None for none.
       steps_per_epoch: the average counts batches from the start of each epoch.
+      axis_name: mesh axis whose devices each have an equal share of the batch; the sums are taken over all of them,
+        so that every device makes the same step. None for the whole batch here.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepInfo]:
@@ -81,7 +85,11 @@ def make_train_step(
             return loss(logits, batch.labels).sum(), (batch_stats, num_correct(logits, batch.labels))
 
         (total, (batch_stats, correct)), grads = jax.value_and_grad(summed_loss, has_aux=True)(state.params)
-        grads = jax.tree.map(lambda g: g / len(batch.labels), grads)
+        batch_size = len(batch.labels)
+        if axis_name is not None:
+            total, correct, grads = lax.psum((total, correct, grads), axis_name)
+            batch_size *= lax.axis_size(axis_name)
+        grads = jax.tree.map(lambda g: g / batch_size, grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         averaged = state.average
@@ -100,16 +108,18 @@ def evaluated(state: TrainState) -> dict[str, Any]:
     return {**trained, "frozen": state.frozen}
 
 
-def make_functions(recipe: Recipe, num_classes: int, num_train: int) -> Functions:
+def make_functions(recipe: Recipe, num_classes: int, num_train: int, axis_name: str | None = None) -> Functions:
     """The pure functions that make up a run of `recipe`.
 
     Args:
       recipe: what to run.
       num_classes: size of the logits.
       num_train: number of training images.
+      axis_name: mesh axis whose devices each train on a share of every batch, inside `jax.shard_map`; None for one
+        device.
 
     Raises:
-      ValueError: fewer training images than one batch.
+      ValueError: fewer training images than one batch, or a batch that the network cannot split.
     """
     recipe = resolve_dtype(recipe)
     batch_size = recipe.batch_size
@@ -117,8 +127,12 @@ def make_functions(recipe: Recipe, num_classes: int, num_train: int) -> Function
     if not steps_per_epoch:
         raise ValueError(f"batch_size {batch_size} is larger than the {num_train} training images; set it lower")
     model = recipe.model(num_classes, recipe.compute_dtype)
+    if axis_name is not None:
+        if model.split is None:
+            raise ValueError(f"the network of {recipe.name!r} has no `split`; give it one, or run on one device a seed")
+        model = model.split(axis_name)
     tx = recipe.optim(recipe.num_epochs, steps_per_epoch)
-    train_step = make_train_step(model, recipe.loss, tx, recipe.average, steps_per_epoch)
+    train_step = make_train_step(model, recipe.loss, tx, recipe.average, steps_per_epoch, axis_name)
     # float16 images are normalised in float16, as in the original; bfloat16 would lose two bits of the pixels.
     image_dtype = {"float16": jnp.float16, "float64": jnp.float64}.get(recipe.compute_dtype, jnp.float32)
     as_images = functools.partial(normalize, mean=recipe.mean, std=recipe.std, dtype=image_dtype)
@@ -136,6 +150,8 @@ def make_functions(recipe: Recipe, num_classes: int, num_train: int) -> Function
 
     def train_batch(state, totals, dataset, plan, index):
         ids = lax.dynamic_slice(plan.order, (index * batch_size,), (batch_size,))
+        if axis_name is not None:
+            ids = share_of_batch(ids, model.num_groups, axis_name)
         images = as_images(dataset.train_images[ids])
         images = augment(images, recipe.augmentations, tuple(choice[ids] for choice in plan.choices))
         state, info = train_step(state, Batch(images, dataset.train_labels[ids]))
@@ -236,9 +252,10 @@ def compile_programs(recipe: Recipe, num_classes: int, dataset: Dataset, driver:
     functions = make_functions(recipe, num_classes, len(dataset.train_labels))
     steps_per_epoch = len(dataset.train_labels) // recipe.batch_size
     key, index, state, totals, plan = shapes_of(functions, recipe, dataset)
+    options = compiler_options()
 
     if driver == "scan":
-        program = jax.jit(functions.train_epoch, donate_argnums=0).lower(state, dataset, plan).compile()
+        program = jax.jit(functions.train_epoch, donate_argnums=0).lower(state, dataset, plan).compile(options)
 
         def train_epoch(state, dataset, plan, on_step):
             del on_step  # nothing is seen from outside before the epoch ends
@@ -246,7 +263,7 @@ def compile_programs(recipe: Recipe, num_classes: int, dataset: Dataset, driver:
 
     else:
         step = jax.jit(functions.train_batch, donate_argnums=(0, 1))
-        program = step.lower(state, totals, dataset, plan, index).compile()
+        program = step.lower(state, totals, dataset, plan, index).compile(options)
 
         def train_epoch(state, dataset, plan, on_step):
             totals = zero_totals(recipe)

@@ -1,0 +1,97 @@
+"""What do `map` and `vmap` over seeds cost beside one seed after another, and from which width down do they pay?
+
+    python benchmarks/seeds.py --width 4
+    python benchmarks/seeds.py --width 16
+    FASTCIFAR_CONV=lax python benchmarks/seeds.py --width 4
+
+One process, an epoch of all seeds with each strategy in turn (A B C C B A ...), the median of at least 5 each and of
+the ratios to the loop's epoch of the same round.
+
+Answer: not measured yet.
+"""
+
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import click
+import jax
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from experiments.bag_of_tricks import final  # noqa: E402
+from fastcifar_jax import conv  # noqa: E402
+from fastcifar_jax.data import load  # noqa: E402
+from fastcifar_jax.hosts import place  # noqa: E402
+from fastcifar_jax.mesh import compile_for_mesh, make_mesh, raw_keys, spread_over  # noqa: E402
+from fastcifar_jax.recipe import change  # noqa: E402
+from fastcifar_jax.train import compile_programs  # noqa: E402
+
+
+@click.command()
+@click.option("--data", default="digits", show_default=True)
+@click.option("--limit-train", type=int, default=1024, show_default=True)
+@click.option("--width", type=int, default=4, show_default=True)
+@click.option("--dtype", default="float32", show_default=True)
+@click.option("--seeds", "count", type=click.IntRange(2), default=4, show_default=True)
+@click.option("--driver", type=click.Choice(("python", "scan")), help="Default by platform.")
+@click.option("--rounds", type=click.IntRange(5), default=6, show_default=True)
+def main(data, limit_train, width, dtype, count, driver, rounds):
+    conv.tune_process()
+    driver = driver or conv.default_driver()
+    recipe = change(final, (), None, width, dtype)
+    dataset, info = load(data, limit_train=limit_train)
+    dataset = jax.device_put(dataset)
+    mesh = make_mesh(1, 1)
+
+    def loop():
+        programs = compile_programs(recipe, len(info.classes), dataset, driver)
+        keys = [jax.random.key(seed) for seed in range(count)]
+        states = [programs.init(key, dataset) for key in keys]
+
+        def epoch(i):
+            for seed, key in enumerate(keys):
+                plan = programs.plan(key, np.int32(i), dataset)
+                states[seed], _ = jax.block_until_ready(programs.train_epoch(states[seed], dataset, plan, None))
+
+        return epoch
+
+    def together(strategy):
+        everywhere = place(dataset, spread_over(mesh))
+        programs = compile_for_mesh(recipe, len(info.classes), everywhere, driver, strategy, mesh, count)
+        keys = raw_keys(range(count), mesh)
+        state = programs.init(keys, everywhere)
+
+        def epoch(i):
+            nonlocal state
+            plan = programs.plan(keys, np.int32(i), everywhere)
+            state, _ = jax.block_until_ready(programs.train_epoch(state, everywhere, plan, None))
+
+        return epoch
+
+    epochs = {}
+    for strategy in ("loop", "map", "vmap"):
+        start = time.perf_counter()
+        epochs[strategy] = loop() if strategy == "loop" else together(strategy)
+        print(f"{strategy}: {time.perf_counter() - start:.1f} s to compile and initialise")
+    seconds = {strategy: [] for strategy in epochs}
+    for i in range(rounds + 1):
+        for strategy in list(epochs)[:: 1 if i % 2 == 0 else -1]:
+            start = time.perf_counter()
+            epochs[strategy](i + 1)
+            if i:  # the first round warms up
+                seconds[strategy].append(time.perf_counter() - start)
+    images = count * (limit_train // recipe.batch_size) * recipe.batch_size
+    print(f"width {width}, {count} seeds, {driver}, {dtype}, conv {conv.way()[0]}, n = {rounds}")
+    for strategy, times in seconds.items():
+        ratios = [a / b for a, b in zip(times, seconds["loop"], strict=True)]
+        print(
+            f"{strategy}: {images / statistics.median(times):,.0f} images/s, {statistics.median(ratios):.2f} of the "
+            f"loop's time ({min(ratios):.2f} to {max(ratios):.2f})"
+        )
+
+
+if __name__ == "__main__":
+    main()
