@@ -1,30 +1,22 @@
 """The commands; knows where experiments are found, nothing about any of them."""
 
-import contextlib
-import functools
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NoReturn
 
 import click
 
 from fastcifar_jax import bench, conv, discover, records, report, runs
-from fastcifar_jax.conv import Driver, default_driver, default_dtype
+from fastcifar_jax.compare_cli import compare, trade
+from fastcifar_jax.conv import default_driver, default_dtype
 from fastcifar_jax.model import PRECISIONS
-from fastcifar_jax.recipe import change, resolve_dtype
+from fastcifar_jax.options import Invocation, RunOptions, make_jobs, refusals, run_options, seeds_option
+from fastcifar_jax.recipe import change
 from fastcifar_jax.records import Record, RecordError
-from fastcifar_jax.runs import Job
 from fastcifar_jax.train import check
-
-
-class Invocation(NamedTuple):
-    """What every command knows."""
-
-    folder: Path | None  # of the experiments
-    arguments: tuple[str, ...]
 
 
 def main(argv: Sequence[str] | None = None, folder: Path | None = None) -> NoReturn:
@@ -53,15 +45,6 @@ def _error(message: str, status: int) -> int:
     return status
 
 
-@contextlib.contextmanager
-def _refusals(name: str = "") -> Iterator[None]:
-    """A ValueError from building a recipe or reading data is the user's to mend: one line instead of a traceback."""
-    try:
-        yield
-    except ValueError as error:
-        raise click.UsageError(f"{name}: {error}".removeprefix(": ")) from error
-
-
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def commands() -> None:
     """Trains and compares recipes for CIFAR-10."""
@@ -71,7 +54,7 @@ def commands() -> None:
 @click.pass_obj
 def list_command(invocation: Invocation) -> None:
     """Shows every experiment with its epochs and its published accuracy and time."""
-    with _refusals():
+    with refusals():
         experiments = discover.find_experiments(invocation.folder)
     console = report.make_console()
     for title in dict.fromkeys(experiment.title for experiment in experiments):
@@ -86,96 +69,49 @@ def list_command(invocation: Invocation) -> None:
 def show(invocation: Invocation, name: str) -> None:
     """Shows the whole recipe NAME, its difference from its predecessor, its parameters and MACs."""
     console = report.make_console()
-    with _refusals():
+    with refusals():
         for experiment in discover.resolve((name,), invocation.folder):
             for part in report.details(experiment.recipe, experiment.predecessor):
                 console.print(part, soft_wrap=isinstance(part, str))
 
 
-def parse_seeds(text: str) -> range:
-    """Seeds 0 to 4 of "5", seeds 3 to 9 of "3-9".
-
-    Raises:
-      ValueError: neither, or no seed.
-    """
-    first, dash, last = text.partition("-")
-    if first.isdecimal() and (last.isdecimal() if dash else True):
-        seeds = range(int(first), int(last) + 1) if dash else range(int(first))
-        if len(seeds) and seeds[-1] < 2**32:  # JAX drops the higher bits of a seed
-            return seeds
-    raise ValueError(f"{text!r} names no seeds; give a count such as 5 (seeds 0 to 4) or a range such as 0-9")
-
-
-def _seeds_option(context, parameter, value):
-    try:
-        return parse_seeds(value)
-    except ValueError as error:
-        raise click.BadParameter(str(error), context, parameter) from error
-
-
 @commands.command()
 @click.argument("names", metavar="NAME...", nargs=-1, required=True)
-@click.option("--data", metavar="SOURCE", help="A data set's name or a path; else $FASTCIFAR_DATA; else cifar10.")
-@click.option("--seeds", default="1", show_default=True, callback=_seeds_option, help="A count, or a range: 0-9.")
-@click.option("--epochs", type=int, help="Moves the schedule's knots along; applied after --set.")
-@click.option("--limit-train", type=int, metavar="N", help="Train on the first N images only.")
-@click.option("--width", type=int, help="Channels of the first layer; the others keep their ratios.")
-@click.option("--dtype", type=click.Choice(tuple(PRECISIONS)), help="The compute dtype; default by platform.")
-@click.option("--set", "assignments", multiple=True, metavar="NAME=VALUE", help="Any value that `show` shows; repeats.")
-@click.option("--driver", type=click.Choice(("python", "scan")), help="The training loop; default by platform.")
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), default="runs", show_default=True)
-@click.option("--again", is_flag=True, help="Also run what is on record as finished or diverged.")
+@seeds_option("1")
+@run_options
 @click.pass_obj
-def run(
-    invocation: Invocation,
-    names: tuple[str, ...],
-    data: str | None,
-    seeds: range,
-    epochs: int | None,
-    limit_train: int | None,
-    width: int | None,
-    dtype: str | None,
-    assignments: tuple[str, ...],
-    driver: Driver | None,
-    out: Path,
-    again: bool,
-) -> int:
+def run(invocation: Invocation, names: tuple[str, ...], seeds: range, options: RunOptions) -> int:
     """Trains recipes: NAME is one that `list` shows, or the path of a Python file with a RECIPE or RECIPES.
 
-    Every seed leaves a record under --out; those that have one are skipped.
+    Every seed leaves a record under --out; those that have one are skipped. torch:NAME trains in PyTorch.
     """
     console = report.make_console()
-    with _refusals():
-        conv.tune_process()
-    driver = driver or default_driver()
-    load_once = functools.cache(lambda source: runs.load_data(source, limit_train, console))
-    jobs = []
-    with _refusals():
-        for experiment in discover.resolve(names, invocation.folder):
-            with _refusals(experiment.recipe.name):
-                recipe = change(experiment.recipe, assignments, epochs, width, dtype)
-            loaded = load_once(data or os.environ.get("FASTCIFAR_DATA") or experiment.data or "cifar10")
-            with _refusals(recipe.name):
-                check(recipe, len(loaded.info.classes), loaded.dataset)
-            as_published = (
-                loaded.info.source == "cifar10" and limit_train is None and recipe == resolve_dtype(experiment.recipe)
-            )
-            on_record = {seed: None if again else runs.on_record(out, recipe, loaded, seed) for seed in seeds}
-            jobs.append(Job(recipe, experiment.path, as_published, loaded, on_record))
-        records.make_folder(out)
-
-    known = {id(record) for job in jobs for record in job.seeds.values()}
+    jobs, driver = make_jobs(invocation, names, options, console)
+    with refusals():
+        known = {  # a damaged record is found before anything is trained
+            (job.framework, job.recipe.hash, seed)
+            for job in jobs.values()
+            for seed in seeds
+            if not options.again and runs.on_record(job, options.out, seed)
+        }
+        records.make_folder(options.out)
     ended: list[Record] = []
     interrupted = ""
     try:
-        for job in jobs:
-            runs.run_job(job, ended, console, out, driver, invocation.arguments)
+        for job in jobs.values():
+            again = options.again
+            runner = runs.make_runner(job, ended, console, options.out, driver, invocation.arguments, again=again)
+            finished = [record for record in map(runner, seeds) if record.status == "finished"]
+            if len(finished) > 1:
+                console.print(report.seeds_line(finished), soft_wrap=True)
+            if job.as_published and job.recipe.published.accuracy is not None:
+                console.print(report.published_line(job.recipe), soft_wrap=True)
     except KeyboardInterrupt:
         interrupted = "interrupted: "
     finally:
-        skipped = sum(id(record) in known for record in ended)
+        skipped = sum((record.framework, record.recipe_hash, record.seed) in known for record in ended)
         counts = report.counts_line(ended, len(jobs) * len(seeds), skipped)
-        console.print(f"{interrupted}{counts}; records in {out}", soft_wrap=True)
+        console.print(f"{interrupted}{counts}; records in {options.out}", soft_wrap=True)
     return 130 if interrupted else int(any(record.status == "diverged" for record in ended))
 
 
@@ -207,13 +143,13 @@ def bench_command(
     """Times whole training steps of recipes, final and baseline by default, beside PyTorch's in one run."""
     console = report.make_console()
     jobs = []
-    with _refusals():
+    with refusals():
         for experiment in discover.resolve(names or ("final", "baseline"), invocation.folder):
-            with _refusals(experiment.recipe.name):
+            with refusals(experiment.recipe.name):
                 recipe = change(experiment.recipe, assignments, None, width, None)
             source = data or os.environ.get("FASTCIFAR_DATA") or experiment.data or "cifar10"
             loaded = runs.load_data(source, limit_train, console)
-            with _refusals(recipe.name):
+            with refusals(recipe.name):
                 check(recipe, len(loaded.info.classes), loaded.dataset)
             jobs.append((experiment, recipe, source, report.size_of(recipe, len(loaded.info.classes)).macs))
             del loaded  # the workers load it themselves
@@ -241,7 +177,7 @@ def bench_command(
 def doctor() -> None:
     """Tells what runs are made with here, and why."""
     console = report.make_console()
-    with _refusals():
+    with refusals():
         way, reason = conv.way()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
     lines = {
@@ -255,3 +191,7 @@ def doctor() -> None:
     }
     for name, text in lines.items():
         console.print(f"{name:>12}: {text}", soft_wrap=True)
+
+
+commands.add_command(compare)
+commands.add_command(trade)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import fnmatch
 import functools
 import importlib
 import importlib.util
@@ -55,7 +56,9 @@ def find_experiments(folder: Path | None) -> list[Experiment]:
 
 
 def resolve(names: Sequence[str], folder: Path | None) -> list[Experiment]:
-    """The experiments of these names, each once; a name that ends with .py is the path of a file.
+    """The experiments of these names, each once.
+
+    A name that ends with .py is the path of a file; one with a `*` stands for all experiments that it matches.
 
     Raises:
       ValueError: an unknown or ambiguous name, or a file without recipes.
@@ -68,12 +71,12 @@ def resolve(names: Sequence[str], folder: Path | None) -> list[Experiment]:
             chosen += _declared(_import_file(path), path)
             continue
         declared = find_once()
-        matches = [experiment for experiment in declared if experiment.recipe.name == name]
+        matches = [experiment for experiment in declared if fnmatch.fnmatchcase(experiment.recipe.name, name)]
         if not matches:
             known = [experiment.recipe.name for experiment in declared]
             near = ", ".join(difflib.get_close_matches(name, known, n=3, cutoff=0.4)) or "none, see the command list"
             raise ValueError(f"there is no experiment {name!r}; nearest: {near}")
-        if len(matches) > 1:
+        if len(matches) > 1 and "*" not in name:
             raise ValueError(f"{name!r} is declared more than once: {', '.join(str(match.path) for match in matches)}")
         chosen += matches
     return chosen

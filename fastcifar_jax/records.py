@@ -75,9 +75,10 @@ class Record:
     result: dict[str, float] | None
 
 
-def path_of(out: Path, experiment: str, recipe_hash: str, data_hash: str, seed: int) -> Path:
+def path_of(out: Path, framework: str, experiment: str, recipe_hash: str, data_hash: str, seed: int) -> Path:
     """Where the record of a run is kept."""
     folder = re.sub(r"[^\w.-]", "_", experiment).lstrip(".") or "_"
+    folder = folder if framework == "jax" else f"{framework}-{folder}"
     return out / folder / f"{recipe_hash}-{data_hash[:8]}-seed{seed}.json"
 
 
@@ -109,10 +110,10 @@ def write(record: Record, out: Path, *, tta: bool = False) -> Path:
     Raises:
       RecordError: it cannot be written; what was there before is still there.
     """
-    path = path_of(out, record.experiment, record.recipe_hash, record.data["hash"], record.seed)
+    path = path_of(out, record.framework, record.experiment, record.recipe_hash, record.data["hash"], record.seed)
     fields = {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
     fields["epochs"] = [epoch._asdict() for epoch in record.epochs]
-    text = json.dumps(_jsonable(fields), indent=1, allow_nan=False) + "\n"
+    text = dumps(fields)
     log = path.with_suffix(".tsv")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -139,6 +140,11 @@ def write_text(path: Path, text: str) -> None:
         _write_whole({path: text})
     except OSError as error:
         raise RecordError(f"cannot write {path}: {error.strerror or error}; choose another place") from error
+
+
+def dumps(value: Any) -> str:
+    """JSON text; numbers that are not finite become null, and what JSON does not know its `repr`."""
+    return json.dumps(_jsonable(value), indent=1, allow_nan=False) + "\n"
 
 
 def read(path: Path) -> Record:

@@ -97,9 +97,14 @@ def device_text(device: dict[str, Any]) -> str:
     return f"{device['count']} x {device['kind']}"
 
 
+def arm_name(record: Record) -> str:
+    """ "final" for JAX, "torch:final" for PyTorch."""
+    return record.experiment if record.framework == "jax" else f"{record.framework}:{record.experiment}"
+
+
 def seed_line(record: Record) -> str:
     """The summary of one run."""
-    label = f"{record.experiment}, seed {record.seed}"
+    label = f"{arm_name(record)}, seed {record.seed}"
     if record.status == "crashed":
         return f"{label}: crashed: {record.error}"
     if record.status == "diverged":
@@ -118,7 +123,7 @@ def seeds_line(records: Sequence[Record]) -> str:
     for label, name in (("test", "test_accuracy"), ("TTA", "tta_accuracy")):
         values = [record.result[name] for record in records]
         texts.append(f"{label} {_percent2(statistics.mean(values))}, s = {_percent2(statistics.stdev(values))}")
-    return f"{records[0].experiment}: n = {len(records)}; mean {'; '.join(texts)} (sample standard deviation)"
+    return f"{arm_name(records[0])}: n = {len(records)}; mean {'; '.join(texts)} (sample standard deviation)"
 
 
 def counts_line(records: Sequence[Record], asked: int, skipped: int) -> str:

@@ -1,13 +1,15 @@
-"""The seeds of a recipe, one after another: trained, shown and put on record."""
+"""Runs of recipes by either framework: trained, shown and put on record, a seed at a time."""
 
 import dataclasses
 import datetime
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import jax
+import numpy as np
 from rich.console import Console
 
 from fastcifar_jax import conv, records, report
@@ -16,6 +18,8 @@ from fastcifar_jax.recipe import Recipe, flatten
 from fastcifar_jax.records import Record, RecordError
 from fastcifar_jax.train import Diverged, Driver, make_train
 from fastcifar_jax.types import Dataset, RunResult
+
+Train = Callable[..., RunResult]  # (seed, on_epoch, on_step, on_compiled)
 
 
 class LoadedData(NamedTuple):
@@ -27,13 +31,18 @@ class LoadedData(NamedTuple):
 
 
 class Job(NamedTuple):
-    """One recipe of a `run` command with its data."""
+    """One recipe with its data, and the framework that trains it."""
 
     recipe: Recipe
     path: Path  # of the experiment's file
     as_published: bool  # the declared recipe on the data that the published figures are of
     data: LoadedData
-    seeds: dict[int, Record | None]  # what is on record already, unless it is to be run again
+    twin: ModuleType | None = None  # trains in PyTorch; None for JAX
+
+    @property
+    def framework(self) -> str:
+        """ "jax" or "torch"."""
+        return "torch" if self.twin else "jax"
 
 
 def load_data(source: str, limit_train: int | None, console: Console) -> LoadedData:
@@ -56,36 +65,43 @@ def load_data(source: str, limit_train: int | None, console: Console) -> LoadedD
     return LoadedData(dataset, info, seconds)
 
 
-def on_record(out: Path, recipe: Recipe, data: LoadedData, seed: int) -> Record | None:
+def on_record(job: Job, out: Path, seed: int) -> Record | None:
     """The record of a run that need not be repeated: the same seed diverges again, but may not crash again."""
-    path = records.path_of(out, recipe.name, recipe.hash, data.info.hash, seed)
+    path = records.path_of(out, job.framework, job.recipe.name, job.recipe.hash, job.data.info.hash, seed)
     record = records.read(path) if path.exists() else None
     return record if record and record.status != "crashed" else None
 
 
-def run_job(
-    job: Job, ended: list[Record], console: Console, out: Path, driver: Driver, arguments: tuple[str, ...]
-) -> None:
-    """Runs the seeds of one recipe that are not on record.
+def make_runner(
+    job: Job,
+    ended: list[Record],
+    console: Console,
+    out: Path,
+    driver: Driver,
+    arguments: tuple[str, ...],
+    *,
+    again: bool = False,
+) -> Callable[[int], Record]:
+    """The runs of one recipe, which compile once.
 
     Args:
       job: what to run.
-      ended: gets the record of each seed as it ends, so that an interruption loses none.
+      ended: gets the record of each seed as it ends, so that an interruption or a crash loses none.
       console: where to show it.
       out: folder of the records.
-      driver: of the training loop.
+      driver: of JAX's training loop.
       arguments: of the command, for the record.
+      again: whether to run what is on record as well.
 
-    Raises:
-      RecordError: a record cannot be written.
-      Exception: whatever a crashed run raised, after its record is written. A diverged run is no exception.
+    Returns:
+      `run(seed)`: the record of that seed, which is on file when it returns. It raises RecordError for a record that
+      cannot be written, and whatever a crashed run raised after its record is written. A diverged run is no exception.
     """
     recipe, info = job.recipe, job.data.info
-    source_hash = records.source_hash(job.path)
-    train = make_train(recipe, len(info.classes), driver)
+    train = _trainer(job, driver)
     new = Record(
         experiment=recipe.name,
-        framework="jax",
+        framework=job.framework,
         recipe=flatten(recipe),
         recipe_repr=repr(recipe),
         recipe_hash=recipe.hash,
@@ -94,32 +110,27 @@ def run_job(
         error=None,
         data={"source": info.source, "hash": info.hash, "train": info.train, "test": info.test},
         device=records.device(),
-        versions=records.versions(),
-        source_hash=source_hash,
-        conv=conv.way()[0],
-        driver=driver,
+        versions={**records.versions(), **(job.twin.versions() if job.twin else {})},
+        source_hash=records.source_hash(job.path),
+        conv="torch" if job.twin else conv.way()[0],
+        driver="python" if job.twin else driver,
         command=arguments,
         started="",
         epochs=(),
         result=None,
     )
-    compiles = True
     each_step = conv.waits_are_cheap()
-    for seed, record in job.seeds.items():
-        if record is not None:
-            ended.append(record)
-            other = "".join(
-                f", by another {what}"
-                for what, then, now in (
-                    ("source code", record.source_hash, source_hash),
-                    ("device", record.device, new.device),
-                    ("driver", record.driver, driver),
-                )
-                if then != now
-            )
-            console.print(f"{report.seed_line(record)} (on record{other}; --again repeats it)", soft_wrap=True)
-            continue
-        label = f"{recipe.name}, seed {seed}"
+    compiles = True
+
+    def run(seed: int) -> Record:
+        nonlocal compiles
+        known = None if again else on_record(job, out, seed)
+        if known is not None:
+            other = "".join(f", by another {name}" for name in _made_otherwise(known, new))
+            console.print(f"{report.seed_line(known)} (on record{other}; --again repeats it)", soft_wrap=True)
+            ended.append(known)
+            return known
+        label = f"{report.arm_name(new)}, seed {seed}"
         with report.watch(console, label, recipe, info.train, compiles=compiles, each_step=each_step) as callbacks:
             record, failure = _train_seed(dataclasses.replace(new, seed=seed), train, job.data, *callbacks)
         compiles = False
@@ -133,17 +144,42 @@ def run_job(
         console.print(report.seed_line(record), soft_wrap=True)
         if failure is not None:
             raise failure
+        return record
 
-    finished = [record for record in ended[-len(job.seeds) :] if record.status == "finished"]
-    if len(finished) > 1:
-        console.print(report.seeds_line(finished), soft_wrap=True)
-    if job.as_published and recipe.published.accuracy is not None:
-        console.print(report.published_line(recipe), soft_wrap=True)
+    return run
+
+
+def run_in_turn(runners: dict[str, Callable[[int], Record]], seeds: Iterable[int]) -> dict[str, list[Record]]:
+    """The records of several recipes, seed by seed and with the order turned each time: A B, B A, A B, ...
+
+    A machine that slows down, or a driver that is updated overnight, then meets all of them alike.
+    """
+    ended = {name: [] for name in runners}
+    for i, seed in enumerate(seeds):
+        for name in list(runners)[:: 1 if i % 2 == 0 else -1]:
+            ended[name].append(runners[name](seed))
+    return ended
+
+
+def _trainer(job: Job, driver: Driver) -> Train:
+    num_classes = len(job.data.info.classes)
+    if job.twin is None:
+        train = make_train(job.recipe, num_classes, driver)
+        return lambda seed, *callbacks: train(jax.random.key(seed), job.data.dataset, *callbacks)
+    train = job.twin.make_train(job.recipe, num_classes)
+    arrays = Dataset(*(np.asarray(array) for array in job.data.dataset))
+    return lambda seed, *callbacks: train(seed, arrays, *callbacks)
+
+
+def _made_otherwise(known: Record, new: Record) -> list[str]:
+    """What differs in the making of two records of one run."""
+    fields = {"source code": "source_hash", "device": "device", "driver": "driver"}
+    return [text for text, name in fields.items() if getattr(known, name) != getattr(new, name)]
 
 
 def _train_seed(
     new: Record,
-    train: Callable[..., RunResult],
+    train: Train,
     data: LoadedData,
     on_epoch: report.OnEpoch,
     on_step: report.OnStep | None,
@@ -158,7 +194,7 @@ def _train_seed(
 
     new = dataclasses.replace(new, started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
     try:
-        run = train(jax.random.key(new.seed), data.dataset, on_epoch_kept, on_step, on_compiled)
+        run = train(new.seed, on_epoch_kept, on_step, on_compiled)
     except Diverged as error:
         return dataclasses.replace(new, status="diverged", error=str(error), epochs=error.epochs), None
     except Exception as error:

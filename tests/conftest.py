@@ -1,7 +1,11 @@
-"""Strict dtypes and ranks for every test, and the `--slow` gate."""
+"""Strict dtypes and ranks for every test, the `--slow` gate, and a workplace for the commands."""
 
 import jax
+import numpy as np
 import pytest
+from helpers_cli import TRICK, fake_make_train, train_and_test
+
+from fastcifar_jax import cli, data, runs
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -23,3 +27,50 @@ def pytest_collection_modifyitems(config, items):
 def key():
     """One typed key; tests split it where they need more."""
     return jax.random.key(0)
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """A folder with trick.py and tiny.npz, where nothing says which data to use."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("FASTCIFAR_DATA", raising=False)
+    (tmp_path / "trick.py").write_text(TRICK)
+    dataset = train_and_test()
+    names = ("x_train", "y_train", "x_test", "y_test")
+    np.savez(tmp_path / "tiny.npz", **dict(zip(names, dataset, strict=True)))
+    return tmp_path
+
+
+@pytest.fixture
+def call(capsys):
+    """Runs the command line: `(status, stdout, stderr)`."""
+
+    def call(*arguments, folder=None):
+        with pytest.raises(SystemExit) as end:
+            cli.main(list(arguments), folder)
+        return end.value.code, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def loaded(monkeypatch):
+    """Any source yields the same small data set; the fixture is the list of what was asked for."""
+    asked = []
+
+    def load(source, *, limit_train=None):
+        asked.append(source)
+        dataset = train_and_test(limit_train or 130)
+        info = data.DataInfo(source, "f00dfacecafe", tuple("abcdefghij"), len(dataset[0]), len(dataset[2]))
+        return dataset, info
+
+    monkeypatch.setattr(runs, "load", load)
+    return asked
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """Runs end at once; the fixture maps a seed to what its run raises, and lists the seeds that were trained."""
+    raises, runs_made = {}, []
+    monkeypatch.setattr(runs, "make_train", fake_make_train(lambda recipe, seed: (94 + seed) / 100, raises, runs_made))
+    return raises, runs_made
