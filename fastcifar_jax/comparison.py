@@ -180,14 +180,15 @@ def _difference(base, arm, base_values, arm_values, question):
     paired = None
     if len(common) >= 3:
         pairs = [[values[seed] for seed in common] for values in (base_values, arm_values)]
-        paired = stats.paired(*pairs, question.confidence)
+        pairs = stats.paired(*pairs, question.confidence)
+        paired = {**pairs._asdict(), "helps": stats.pairing_helps(welch, pairs)}
     sds = [stats.summarize(values).sd for values in (a, b)]
     needed = lambda difference: stats.runs_needed(*sds, difference) if difference and max(sds) > 0 else None
     return {
         "of": arm.name,
         "against": base.name,
         **welch._asdict(),
-        "paired": paired and paired._asdict(),
+        "paired": paired,
         "equivalence": question.equivalence and stats.tost(a, b, question.equivalence, question.confidence)._asdict(),
         "runs_for_observed": needed(abs(welch.estimate)),
         "runs_for_wish": needed(question.wish),
@@ -197,7 +198,6 @@ def _difference(base, arm, base_values, arm_values, question):
 def show(answer: dict[str, Any], console: Console) -> None:
     """The answer as two tables and a sentence a difference."""
     unit = "points" if answer["metric"] in ACCURACIES else ""
-    level = f"{answer['confidence']:.4g}".removeprefix("0.")
     level = f"{100 * answer['confidence']:.4g} %"
     console.print(f"{answer['metric'].replace('_', ' ')}: mean and {level} interval (t) of each arm", soft_wrap=True)
     share = () if answer["threshold"] is None else ((f">= {answer['threshold']:g}", "right"),)
@@ -252,7 +252,8 @@ def verdict(difference: dict[str, Any], unit: str, holm: bool) -> str:
 
 
 def _interval(paired):
-    return f"{paired['low']:+.2f} to {paired['high']:+.2f}" if paired else ""
+    """The interval over pairs, where pairing by seed narrows it."""
+    return f"{paired['low']:+.2f} to {paired['high']:+.2f}" if paired and paired["helps"] else ""
 
 
 def _told_apart(by_recipe):

@@ -8,8 +8,8 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "fastcifar_jax"
 ORDER = (
     "types unpickle readers data augment whitening onednn_trial conv norm pooling model losses schedules optim "
-    "evaluate recipe train hosts mesh seeds records stats report comparison trade discover runs bench bench_worker options "
-    "compare_cli cli __main__"
+    "evaluate recipe train hosts mesh seeds records stats report comparison trade discover runs bench bench_worker "
+    "options compare_cli cli __main__"
 ).split()
 LATE = {("onednn_trial", "conv")}  # the trial's own program, which runs in another process
 
