@@ -83,7 +83,7 @@ def devices():
     ghost, plain = recipes()
     return {
         "linear alone": alone(linear(), SEEDS),
-        "linear": outcomes(linear(), make_mesh(4, 1), SEEDS),
+        "linear": outcomes(linear(), make_mesh(2, 1), SEEDS),
         "plain alone": alone(plain, SEEDS[:1]),
         "plain": outcomes(plain, make_mesh(1, 4), SEEDS[:1]),
         "ghost alone": alone(ghost, SEEDS[:3]),

@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import chex
 import jax
@@ -64,97 +63,33 @@ def start_pair(job, out):
 
 
 @pytest.fixture(autouse=True, scope="module")
-def no_child_outlives_this_file():
-    yield
+def children(tmp_path_factory):
+    """The long jobs, which run beside the tests of this process: `job -> (processes, file of what they found)`."""
+    outs = {job: tmp_path_factory.mktemp(job) / "found" for job in ("devices", "processes")}
+    started = {"devices": [start("devices", outs["devices"], devices=4)]}
+    started["processes"] = start_pair("processes", outs["processes"])
+    yield {job: (started[job], outs[job]) for job in outs}
     for child in CHILDREN:
         with child:  # waits, and closes its pipe
             child.kill()
 
 
-def load(path: Path):
-    return pickle.loads(path.read_bytes())
-
-
-@pytest.fixture(scope="module")
-def devices(tmp_path_factory):
-    """What one process with four devices found."""
-    out = tmp_path_factory.mktemp("devices") / "found"
-    status, errors = end(start("devices", out, devices=4), START)
-    assert status == 0, errors[-3000:]
-    return load(out)
-
-
-@pytest.fixture(scope="module")
-def processes(tmp_path_factory):
-    """What two processes with one device each found."""
-    out = tmp_path_factory.mktemp("processes") / "found"
-    for status, errors in [end(child, START) for child in start_pair("processes", out)]:
+def found_by(processes, out):
+    for status, errors in [end(process, START) for process in processes]:
         assert status == 0, errors[-3000:]
-    return load(out)
+    return pickle.loads(out.read_bytes())
 
 
-def assert_same(found, expected):
-    """Bit for bit, as far as a state is here."""
-    assert len(found) == len(expected)
-    for a, b in zip(found, expected, strict=True):
-        assert numbers(a) == numbers(b)
-        if a.state is not None:
-            chex.assert_trees_all_equal(a.state, b.state)
+@pytest.fixture(scope="module")
+def devices(children):
+    """What one process with four devices found."""
+    return found_by(*children["devices"])
 
 
-def assert_close(found, expected):
-    """Up to rounding in float64, which nine steps have carried on."""
-    assert len(found) == len(expected)
-    for a, b in zip(found, expected, strict=True):
-        np.testing.assert_allclose(numbers(a), numbers(b), rtol=1e-9)
-        chex.assert_trees_all_close(a.state, b.state, rtol=1e-8, atol=1e-9)
-
-
-def test_seeds_over_devices_are_bitwise_those_of_one_device(devices):
-    assert_same(devices["linear"], devices["linear alone"])
-
-
-def test_seeds_over_processes_are_bitwise_those_of_one_device(processes):
-    assert_same(processes["seed"], processes["alone"])
-    assert [run.state is None for run in processes["seed"]] == [False, True, False]
-
-
-def test_batches_over_devices_give_the_numbers_of_one_device(devices):
-    """Two seeds at once, two whole ghost groups a device; the running statistics keep their order."""
-    assert_close(devices["ghost"], devices["ghost alone"])
-
-
-def test_plain_batch_norm_is_synchronised_over_devices(devices):
-    assert_close(devices["plain"], devices["plain alone"])
-
-
-def test_a_batch_over_processes_gives_the_numbers_of_one_device(processes):
-    assert_close(processes["batch"], processes["alone"][:1])
-
-
-def test_processes_do_what_process_0_is_to_do(processes):
-    assert processes["from_process_0"] == [0, 7]
-    assert processes["disagreement"].startswith("processes [1] are to run something else than process 0")
-
-
-def test_a_process_that_is_left_alone_ends_with_an_error(tmp_path):
-    """Either process is killed, or process 1 leaves with an exception."""
-    victims = {"killed0": 0, "killed1": 1, "raising": 1}
-    children = {job: start_pair(job, tmp_path / "found") for job in victims}
-    for job, victim in victims.items():
-        status, errors = end(children[job][victim], START)
-        assert status == -signal.SIGKILL if job.startswith("killed") else "RuntimeError: no more" in errors, errors
-        status, errors = end(children[job][1 - victim], BOUND)
-        assert status != 0 and errors.strip()
-    assert not (tmp_path / "found").exists()
-
-
-@pytest.mark.parametrize("strategy", ["map", "vmap"])
-def test_strategies_agree(strategy, devices):
-    """With the loop, three seeds at once on one device."""
-    found = devices[strategy]
-    assert_close(found, devices["ghost alone"])
-    assert found[0].compile_seconds > 0 == found[1].compile_seconds == found[2].compile_seconds
+@pytest.fixture(scope="module")
+def processes(children):
+    """What two processes with one device each found."""
+    return found_by(*children["processes"])
 
 
 def linear_recipe(coin, num_epochs=2):
@@ -235,3 +170,67 @@ def test_errors_say_what_to_do(monkeypatch):
     monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
     with pytest.raises(ValueError, match="JAX_NUM_PROCESSES is 'two'"):
         hosts.initialize()
+
+
+def assert_same(found, expected):
+    """Bit for bit, as far as a state is here."""
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected, strict=True):
+        assert numbers(a) == numbers(b)
+        if a.state is not None:
+            chex.assert_trees_all_equal(a.state, b.state)
+
+
+def assert_close(found, expected):
+    """Up to rounding in float64, which nine steps have carried on."""
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(numbers(a), numbers(b), rtol=1e-9)
+        chex.assert_trees_all_close(a.state, b.state, rtol=1e-8, atol=1e-9)
+
+
+def test_seeds_over_devices_are_bitwise_those_of_one_device(devices):
+    assert_same(devices["linear"], devices["linear alone"])
+
+
+def test_seeds_over_processes_are_bitwise_those_of_one_device(processes):
+    assert_same(processes["seed"], processes["alone"])
+    assert [run.state is None for run in processes["seed"]] == [False, True, False]
+
+
+def test_batches_over_devices_give_the_numbers_of_one_device(devices):
+    """Two seeds at once, two whole ghost groups a device; the running statistics keep their order."""
+    assert_close(devices["ghost"], devices["ghost alone"])
+
+
+def test_plain_batch_norm_is_synchronised_over_devices(devices):
+    assert_close(devices["plain"], devices["plain alone"])
+
+
+def test_a_batch_over_processes_gives_the_numbers_of_one_device(processes):
+    assert_close(processes["batch"], processes["alone"][:1])
+
+
+def test_processes_do_what_process_0_is_to_do(processes):
+    assert processes["from_process_0"] == [0, 7]
+    assert processes["disagreement"].startswith("processes [1] are to run something else than process 0")
+
+
+def test_a_process_that_is_left_alone_ends_with_an_error(tmp_path):
+    """Either process is killed, or process 1 leaves with an exception."""
+    victims = {"killed0": 0, "killed1": 1, "raising": 1}
+    children = {job: start_pair(job, tmp_path / "found") for job in victims}
+    for job, victim in victims.items():
+        status, errors = end(children[job][victim], START)
+        assert status == -signal.SIGKILL if job.startswith("killed") else "RuntimeError: no more" in errors, errors
+        status, errors = end(children[job][1 - victim], BOUND)
+        assert status != 0 and errors.strip()
+    assert not (tmp_path / "found").exists()
+
+
+@pytest.mark.parametrize("strategy", ["map", "vmap"])
+def test_strategies_agree(strategy, devices):
+    """With the loop, three seeds at once on one device."""
+    found = devices[strategy]
+    assert_close(found, devices["ghost alone"])
+    assert found[0].compile_seconds > 0 == found[1].compile_seconds == found[2].compile_seconds
