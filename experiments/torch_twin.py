@@ -158,7 +158,7 @@ def make_batch(recipe: Recipe, images: Tensor, plan: Plan, ids: Tensor) -> Tenso
     rows, columns = source
     batch = normalize(recipe, images[ids[:, None, None], rows[:, :, None], columns[:, None, :]])
     for rows, columns in holes:
-        batch.masked_fill_((rows[:, :, None] & columns[:, None, :])[:, None], 0.0)
+        batch.permute(0, 2, 3, 1).masked_fill_((rows[:, :, None] & columns[:, None, :])[..., None], 0.0)
     return batch
 
 

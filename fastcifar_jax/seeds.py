@@ -41,6 +41,7 @@ def make_train_seeds(
     mesh: Mesh | None = None,
     driver: Driver | None = None,
     at_once: int | None = None,
+    keep_states: bool = True,
 ) -> Callable[..., list[Outcome]]:
     """The runs of many seeds as a function of the seeds and a data set; compiled once for all of them.
 
@@ -53,6 +54,7 @@ def make_train_seeds(
       mesh: from `make_mesh`; None for the default device. Each row of devices along `batch` runs other seeds.
       driver: "python" calls a compiled step, "scan" a compiled epoch; None picks by platform.
       at_once: seeds that a device carries together under "map" and "vmap"; None for all.
+      keep_states: False leaves None in `RunResult.state`, for more seeds than states find room.
 
     Returns:
       `train_seeds(seeds, dataset, on_seed=None, on_epoch=None, on_compiled=None) -> outcomes`, in the order of the
@@ -75,10 +77,10 @@ def make_train_seeds(
         raise ValueError(f"at_once is {at_once}; give a number of seeds >= 1, or None for all")
     driver = driver or default_driver()
     if mesh is None and strategy == "loop":
-        return _make_loop(recipe, num_classes, driver)
+        return _make_loop(recipe, num_classes, driver, keep_states)
     mesh = make_mesh(1, 1) if mesh is None else mesh
     if strategy == "loop" and mesh.shape["batch"] == 1:
-        return _make_loops(recipe, num_classes, mesh, driver)
+        return _make_loops(recipe, num_classes, mesh, driver, keep_states)
     compiled: dict[tuple, Programs] = {}
 
     def train_seeds(
@@ -108,14 +110,18 @@ def make_train_seeds(
             padded = group + group[-1:] * (rows * each - len(group))
             keys = raw_keys(padded, mesh)
             outcomes += _train_group(
-                recipe, compiled[shapes], group, keys, dataset, each, compile_seconds, on_seed, on_epoch
+                recipe, compiled[shapes], group, keys, dataset, each, compile_seconds, keep_states, on_seed, on_epoch
             )
         return outcomes
 
     return train_seeds
 
 
-def _make_loop(recipe, num_classes, driver):
+def _lean(outcome: Outcome, keep_states: bool) -> Outcome:
+    return outcome if keep_states or isinstance(outcome, Diverged) else outcome._replace(state=None)
+
+
+def _make_loop(recipe, num_classes, driver, keep_states):
     train = make_train(recipe, num_classes, driver)
 
     def train_seeds(seeds, dataset, on_seed=None, on_epoch=None, on_compiled=None):
@@ -124,7 +130,8 @@ def _make_loop(recipe, num_classes, driver):
         for seed in seeds:
             seen = None if on_epoch is None else functools.partial(on_epoch, seed)
             try:
-                outcome = train(jax.random.key(seed), dataset, on_epoch=seen, on_compiled=on_compiled)
+                run = train(jax.random.key(seed), dataset, on_epoch=seen, on_compiled=on_compiled)
+                outcome = _lean(run, keep_states)
             except Diverged as error:
                 outcome = error
             outcomes.append(outcome)
@@ -135,7 +142,7 @@ def _make_loop(recipe, num_classes, driver):
     return train_seeds
 
 
-def _make_loops(recipe, num_classes, mesh, driver):
+def _make_loops(recipe, num_classes, mesh, driver, keep_states):
     """`make_train` on every device of a mesh; a device takes the next seed when it has ended one."""
     devices, me = list(mesh.devices.flat), jax.process_index()
     trains = {device: make_train(recipe, num_classes, driver) for device in devices if device.process_index == me}
@@ -147,9 +154,9 @@ def _make_loops(recipe, num_classes, mesh, driver):
         outcomes: dict[int, Outcome] = {}  # position -> outcome
 
         def end(i, outcome):
-            outcomes[i] = outcome
+            outcomes[i] = _lean(outcome, keep_states)
             if on_seed is not None:
-                on_seed(seeds[i], outcome)
+                on_seed(seeds[i], outcomes[i])
 
         # Several processes tell each other their outcomes whenever each device has had a seed.
         group = len(devices) if jax.process_count() > 1 else len(seeds)
@@ -228,7 +235,7 @@ def _unpacked(name: str, i: int, epochs: list, rest: list | None) -> tuple[int, 
     return i, Diverged(name, rows) if rest is None else RunResult(None, rows, *rest)
 
 
-def _train_group(recipe, programs, seeds, keys, dataset, each, compile_seconds, on_seed, on_epoch):
+def _train_group(recipe, programs, seeds, keys, dataset, each, compile_seconds, keep_states, on_seed, on_epoch):
     """Trains seeds that start and end together.
 
     Args:
@@ -239,6 +246,7 @@ def _train_group(recipe, programs, seeds, keys, dataset, each, compile_seconds, 
       dataset: on every device of the mesh.
       each: seeds that a device carries.
       compile_seconds: spent before; the first seed's result names them.
+      keep_states: as in `make_train_seeds`.
       on_seed: as in `make_train_seeds`.
       on_epoch: as in `make_train_seeds`.
 
@@ -277,7 +285,7 @@ def _train_group(recipe, programs, seeds, keys, dataset, each, compile_seconds, 
         if None not in outcomes:  # all diverged
             return outcomes
 
-    states = to_host(state)
+    states = to_host(state) if keep_states else None
     for i in range(len(seeds)):
         if outcomes[i] is None:
             rate = num_images * len(rows[i]) / sum(row.train_seconds for row in rows[i])
