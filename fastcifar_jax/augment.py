@@ -72,7 +72,8 @@ class Crop:
         """The window at `option`."""
         pad = (self.padding, self.padding)
         padded = jnp.pad(image, (pad, pad, (0, 0)), mode="reflect")
-        return lax.dynamic_slice(padded, (option[1], option[0], 0), image.shape)
+        channel = jnp.zeros_like(option[0])  # a literal 0 would be int64 in 64-bit mode, beside int32
+        return lax.dynamic_slice(padded, (option[1], option[0], channel), image.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +114,7 @@ class Cutout:
     def __call__(self, image: Image, option: Array) -> Image:
         """The image without the square at `option`."""
         height, width, _ = image.shape
-        x, y = jnp.arange(width) - option[0], jnp.arange(height) - option[1]
+        x, y = (jnp.arange(n, dtype=option.dtype) - first for n, first in zip((width, height), option, strict=True))
         inside = ((0 <= y) & (y < self.size))[:, None] & ((0 <= x) & (x < self.size))[None, :]
         return jnp.where(inside[:, :, None], jnp.zeros((), image.dtype), image)
 

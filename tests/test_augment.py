@@ -158,3 +158,12 @@ def test_normalize_golden_float16_constants():
 def test_refuses(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("augmentation", [Crop(2), Flip(), Cutout(3)])
+def test_options_stay_int32_in_64_bit_mode(augmentation):
+    with jax.enable_x64(True):
+        option = jnp.asarray(augmentation.options(8, 8)[-1])
+        image = jnp.arange(8 * 8 * 3, dtype=jnp.float64).reshape(8, 8, 3)
+        found = jax.jit(augmentation)(image, option)
+        assert found.dtype == image.dtype and found.shape == image.shape
