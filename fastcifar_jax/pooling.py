@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, UInt8
 
 from fastcifar_jax.types import Images
 
@@ -22,21 +23,39 @@ def max_pool(x: Images, size: tuple[int, int]) -> Images:
     return functools.reduce(jnp.maximum, _corners(x, size))
 
 
-def _pool_and_residuals(x, size):
+def pool_and_first(x: Images, size: tuple[int, int]) -> tuple[Images, UInt8[Array, "batch height width channels"]]:
+    """The maxima, and the place of the first one in each window, counted in row-major order."""
     y = max_pool(x, size)
     first = jnp.full(y.shape, len(_corners(x, size)) - 1, jnp.uint8)
     for i, corner in reversed(list(enumerate(_corners(x, size)[:-1]))):
         first = jnp.where(corner == y, jnp.uint8(i), first)
+    return y, first
+
+
+def spread_to_first(
+    first: UInt8[Array, "batch height width channels"], cotangent: Images, size: tuple[int, int]
+) -> Float[Array, "batch rows height columns width channels"]:
+    """The gradient of the windows, [batch, rows, height, columns, width, channels]: the cotangent, and zeros.
+
+    Args:
+      first: of `pool_and_first`.
+      cotangent: of the maxima.
+      size: height and width of the windows.
+    """
+    corner = jnp.arange(size[0] * size[1], dtype=jnp.uint8).reshape(1, 1, size[0], 1, size[1], 1)
+    hit = first[:, :, None, :, None] == corner
+    return jnp.where(hit, cotangent[:, :, None, :, None], jnp.zeros((), cotangent.dtype))
+
+
+def _pool_and_residuals(x, size):
+    y, first = pool_and_first(x, size)
     return y, (first, jnp.zeros((0, *x.shape[1:3])))  # an empty array that carries the map's size
 
 
 def _gradient(size, residuals, cotangent):
     first, map_of_x = residuals
     (height, width), (batch, rows, columns, channels) = size, cotangent.shape
-    corner = jnp.arange(height * width, dtype=jnp.uint8).reshape(1, 1, height, 1, width, 1)
-    hit = first[:, :, None, :, None] == corner
-    spread = jnp.where(hit, cotangent[:, :, None, :, None], jnp.zeros((), cotangent.dtype))
-    spread = spread.reshape(batch, rows * height, columns * width, channels)
+    spread = spread_to_first(first, cotangent, size).reshape(batch, rows * height, columns * width, channels)
     missing = (map_of_x.shape[1] - spread.shape[1], map_of_x.shape[2] - spread.shape[2])
     if any(missing):
         spread = jnp.pad(spread, ((0, 0), (0, missing[0]), (0, missing[1]), (0, 0)))

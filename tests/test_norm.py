@@ -3,7 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fastcifar_jax.norm import normalize_groups
+from fastcifar_jax.norm import normalize_groups, normalize_groups_and_pool
+from fastcifar_jax.pooling import max_pool
 
 EPS = 1e-5
 
@@ -44,3 +45,27 @@ def test_half_precision_maps_keep_their_dtype_and_float32_statistics():
     x = jnp.ones((4, 2, 2, 3), jnp.bfloat16)
     y, mean, variance = normalize_groups(x, jnp.ones(3), jnp.zeros(3), 2, EPS)
     assert (y.dtype, mean.dtype, variance.dtype) == (jnp.bfloat16, jnp.float32, jnp.float32)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("num_groups", "size"), [(1, (2, 2)), (4, (2, 2)), (2, (3, 1))])
+def test_norm_and_pool_in_one_are_norm_and_pool(num_groups, size, dtype):
+    """Rounded numbers, so that windows have several maxima; scales of both signs and one of zero."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(np.round(rng.normal(size=(8, 6, 4, 5))), dtype)
+    scale, bias = (jnp.asarray(a, jnp.float32) for a in ([1.5, -2.0, 0.0, 1.0, 0.5], rng.normal(size=5)))
+
+    def apart(x, scale, bias):
+        y, mean, variance = normalize_groups(x, scale, bias, num_groups, EPS)
+        return max_pool(y, size), mean, variance
+
+    together = lambda x, scale, bias: normalize_groups_and_pool(x, scale, bias, num_groups, EPS, size)
+    (found, vjp), (expected, expected_vjp) = (jax.vjp(f, x, scale, bias) for f in (together, apart))
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+    cotangents = (jnp.asarray(rng.normal(size=found[0].shape), dtype), *map(jnp.zeros_like, found[1:]))
+    for a, b in zip(vjp(cotangents), expected_vjp(cotangents), strict=True):
+        assert a.dtype == b.dtype
+        tolerance = 1e-5 if dtype == "float32" else 1e-2
+        np.testing.assert_allclose(a.astype(jnp.float32), b.astype(jnp.float32), rtol=tolerance, atol=tolerance)
