@@ -9,7 +9,8 @@ All three passes are the same call; what differs is which axis of which array it
 the space:
 
     output           y[n h w k]  = sum_ijc x[n h+i w+j c] w[i j c k]
-    input gradient   the same, with w turned by 180 degrees and its channel axes exchanged in the description
+    input gradient   the same, with w turned by 180 degrees and its channel axes exchanged, and the padding that gives
+                     the input's size back
     weight gradient  w'[i j c k] = sum_nhw x[n h+i w+j c] g[n h w k]: a 3-D convolution of one "image", the volume
                      (H, W, C) with n as its features, and a window of (H, W, 1)
 """
@@ -35,6 +36,7 @@ from fastcifar_jax.types import Images
 Kernel = Float[Array, "height width inputs outputs"]
 Way = Literal["lax", "onednn"]
 Driver = Literal["python", "scan"]  # of the training loop
+Padding = tuple[int, int]  # zeros above and below, and left and right
 
 _TARGET = "__onednn$convolution"
 _CHUNK = 32  # images whose transposed copy stays in the cache
@@ -71,50 +73,63 @@ def _tried() -> tuple[Way, str]:
     return ("onednn" if works else "lax"), reason
 
 
-def conv(x: Images, kernel: Kernel, operand_dtype: DTypeLike | None = None) -> Images:
-    """Cross-correlation with stride 1 and zero padding to the same size.
+def conv(
+    x: Images, kernel: Kernel, operand_dtype: DTypeLike | None = None, padding: Literal["SAME", "VALID"] = "SAME"
+) -> Images:
+    """Cross-correlation with stride 1.
 
     Args:
       x: NHWC.
-      kernel: HWIO, odd height and width; a master copy in another dtype than `x` is cast.
+      kernel: HWIO; a master copy in another dtype than `x` is cast.
       operand_dtype: dtype of both operands of the products; `x.dtype` when None. The result has `x.dtype`.
+      padding: "SAME" pads with zeros to the size of `x`; "VALID" pads nothing.
+
+    Raises:
+      ValueError: a kernel that is larger than the maps that it is to fit into.
     """
     dtype = jnp.dtype(x.dtype if operand_dtype is None else operand_dtype)
+    size = kernel.shape[:2]
+    margin = (size[0] // 2, size[1] // 2) if padding == "SAME" else (0, 0)
+    if padding == "SAME" and not (size[0] % 2 and size[1] % 2):  # lax pads an even kernel's maps more at their end
+        x = jnp.pad(x, ((0, 0), *(((taps - 1) // 2, taps // 2) for taps in size), (0, 0)))
+        margin = (0, 0)
+    if any(side + 2 * edge < taps for side, edge, taps in zip(x.shape[1:3], margin, size, strict=True)):
+        raise ValueError(f"a kernel of {size[0]}x{size[1]} does not fit into maps of {x.shape[1]}x{x.shape[2]}")
     use_onednn = _fits(x, kernel, dtype) and way()[0] == "onednn"
     if use_onednn or dtype != x.dtype:
-        return _conv(x, kernel, dtype, use_onednn)
-    return _lax_conv(x, kernel.astype(dtype))
+        return _conv(x, kernel, margin, dtype, use_onednn)
+    return _lax_conv(x, kernel.astype(dtype), margin)
 
 
 def _fits(x, kernel, dtype) -> bool:
     """Whether the call knows this case: what the trial has tried, and nothing more."""
     known = {("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "float32")}  # operands, result
-    height, width, _, _ = kernel.shape
-    return (dtype.name, x.dtype.name) in known and height % 2 == 1 and width % 2 == 1 and x.size > 0 and kernel.size > 0
+    return (dtype.name, x.dtype.name) in known and x.size > 0 and kernel.size > 0
 
 
 # The three passes are each other's derivatives, so any number of derivatives can be taken. The casts to the operands'
 # dtype lie inside, so that results and gradients come out in the caller's dtype without having been rounded to it.
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _conv(x: Images, kernel: Kernel, dtype: jnp.dtype, use_onednn: bool) -> Images:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _conv(x: Images, kernel: Kernel, padding: Padding, dtype: jnp.dtype, use_onednn: bool) -> Images:
     """The convolution in `x.dtype`, from operands in `dtype`; oneDNN is used on CPUs only."""
     operands = (x.astype(dtype), kernel.astype(dtype))
-    on_lax = functools.partial(_lax_conv, out_dtype=x.dtype)
+    on_lax = functools.partial(_lax_conv, padding=padding, out_dtype=x.dtype)
     if not use_onednn:
         return on_lax(*operands)
-    return lax.platform_dependent(*operands, cpu=functools.partial(_onednn_conv, out_dtype=x.dtype), default=on_lax)
+    on_cpu = functools.partial(_onednn_conv, padding=padding, out_dtype=x.dtype)
+    return lax.platform_dependent(*operands, cpu=on_cpu, default=on_lax)
 
 
-def _conv_and_residuals(x, kernel, dtype, use_onednn):
-    return _conv(x, kernel, dtype, use_onednn), (x.astype(dtype), kernel)
+def _conv_and_residuals(x, kernel, padding, dtype, use_onednn):
+    return _conv(x, kernel, padding, dtype, use_onednn), (x.astype(dtype), kernel)
 
 
-def _gradients_of_conv(dtype, use_onednn, residuals, cotangent):
+def _gradients_of_conv(padding, dtype, use_onednn, residuals, cotangent):
     x, kernel = residuals
-    to_x = _conv(cotangent, _turned(kernel), dtype, use_onednn)
-    to_kernel = _weight_gradient(x, cotangent, kernel.shape[:2], dtype, use_onednn)
+    to_x = _conv(cotangent, _turned(kernel), _turned_padding(kernel, padding), dtype, use_onednn)
+    to_kernel = _weight_gradient(x, cotangent, padding, dtype, use_onednn)
     return to_x, to_kernel.astype(kernel.dtype)
 
 
@@ -122,23 +137,25 @@ _conv.defvjp(_conv_and_residuals, _gradients_of_conv)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _weight_gradient(x: Images, cotangent: Images, size: tuple[int, int], dtype: jnp.dtype, use_onednn: bool) -> Kernel:
-    """The gradient with respect to a kernel of `size`, in float32, from operands in `dtype`."""
+def _weight_gradient(x: Images, cotangent: Images, padding: Padding, dtype: jnp.dtype, use_onednn: bool) -> Kernel:
+    """The gradient with respect to the kernel, in float32, from operands in `dtype`; its size follows from theirs."""
     operands = (x.astype(dtype), cotangent.astype(dtype))
-    on_lax = functools.partial(_lax_weight_gradient, size=size)
+    on_lax = functools.partial(_lax_weight_gradient, padding=padding)
     if not use_onednn:
         return on_lax(*operands)
-    return lax.platform_dependent(*operands, cpu=functools.partial(_onednn_weight_gradient, size=size), default=on_lax)
+    on_cpu = functools.partial(_onednn_weight_gradient, padding=padding)
+    return lax.platform_dependent(*operands, cpu=on_cpu, default=on_lax)
 
 
-def _weight_gradient_and_residuals(x, cotangent, size, dtype, use_onednn):
-    return _weight_gradient(x, cotangent, size, dtype, use_onednn), (x, cotangent)
+def _weight_gradient_and_residuals(x, cotangent, padding, dtype, use_onednn):
+    return _weight_gradient(x, cotangent, padding, dtype, use_onednn), (x, cotangent)
 
 
-def _gradients_of_weight_gradient(size, dtype, use_onednn, residuals, kernel):
+def _gradients_of_weight_gradient(padding, dtype, use_onednn, residuals, kernel):
     x, cotangent = residuals
-    to_x = _conv(cotangent.astype(kernel.dtype), _turned(kernel), dtype, use_onednn)
-    to_cotangent = _conv(x.astype(kernel.dtype), kernel, dtype, use_onednn)
+    turned = _turned_padding(kernel, padding)
+    to_x = _conv(cotangent.astype(kernel.dtype), _turned(kernel), turned, dtype, use_onednn)
+    to_cotangent = _conv(x.astype(kernel.dtype), kernel, padding, dtype, use_onednn)
     return to_x.astype(x.dtype), to_cotangent.astype(cotangent.dtype)
 
 
@@ -150,16 +167,18 @@ def _turned(kernel):
     return kernel[::-1, ::-1].swapaxes(2, 3)
 
 
-def _lax_conv(x, kernel, out_dtype=None):
-    layout = ("NHWC", "HWIO", "NHWC")
-    return lax.conv_general_dilated(
-        x, kernel, (1, 1), "SAME", dimension_numbers=layout, preferred_element_type=out_dtype
-    )
+def _turned_padding(kernel, padding):
+    return tuple(taps - 1 - edge for taps, edge in zip(kernel.shape[:2], padding, strict=True))
 
 
-def _lax_weight_gradient(x, cotangent, size):
+def _lax_conv(x, kernel, padding, out_dtype=None):
+    layout, both = ("NHWC", "HWIO", "NHWC"), [(edge, edge) for edge in padding]
+    return lax.conv_general_dilated(x, kernel, (1, 1), both, dimension_numbers=layout, preferred_element_type=out_dtype)
+
+
+def _lax_weight_gradient(x, cotangent, padding):
     # The images are summed over like input features, and the input features kept like images.
-    padding = [(side // 2, side // 2) for side in size]
+    padding = [(edge, edge) for edge in padding]
     return lax.conv_general_dilated(
         x,
         cotangent,
@@ -170,39 +189,43 @@ def _lax_weight_gradient(x, cotangent, size):
     )
 
 
-def _onednn_conv(x, kernel, out_dtype):
+def _onednn_conv(x, kernel, padding, out_dtype):
     (batch, rows, columns, _), (height, width, _, features) = x.shape, kernel.shape
-    beside, gap = math.gcd(batch, _BESIDE), width // 2
-    narrow = columns <= _NARROW and beside > 1
+    beside, gap = math.gcd(batch, _BESIDE), padding[1]
+    narrow = columns <= _NARROW and beside > 1 and width == 2 * gap + 1
     if narrow:
         # oneDNN takes some pixels of one row at a time: four would leave most of a matrix unit idle. Columns of zeros
         # between the images keep them apart.
         x = x.reshape(batch // beside, beside, rows, columns, -1).swapaxes(1, 2)
         x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, gap), (0, 0)))
         x = x.reshape(batch // beside, rows, beside * (columns + gap), -1)
-    out = jax.ShapeDtypeStruct((*x.shape[:3], features), out_dtype)
+    sides = (x.shape[1] + 2 * padding[0] - height + 1, x.shape[2] + 2 * padding[1] - width + 1)
+    out = jax.ShapeDtypeStruct((x.shape[0], *sides, features), out_dtype)
     images = (0, 3, 1, 2)
-    y = _call(x, kernel, out, images, (2, 3, 0, 1), (height, width), (height // 2, width // 2))
+    y = _call(x, kernel, out, images, (2, 3, 0, 1), (height, width), padding)
     if narrow:
-        y = y.reshape(batch // beside, rows, beside, columns + gap, features)[:, :, :, :columns]
-        y = y.swapaxes(1, 2).reshape(batch, rows, columns, features)
+        y = y.reshape(batch // beside, sides[0], beside, columns + gap, features)[:, :, :, :columns]
+        y = y.swapaxes(1, 2).reshape(batch, sides[0], columns, features)
     return y
 
 
-def _onednn_weight_gradient(x, cotangent, size):
+def _onednn_weight_gradient(x, cotangent, padding):
     batch, rows, columns, _ = x.shape
     chunk = max(_SMALL_MAP_CHUNK if rows * columns <= 32 else _CHUNK, -(-batch // _MOST_CHUNKS))
     # Written out and not a loop of XLA's: the copies of one chunk are made while another is in the products.
     starts = range(0, batch, chunk)
-    return sum(_onednn_weight_gradient_of_chunk(x[i : i + chunk], cotangent[i : i + chunk], size) for i in starts)
+    return sum(_onednn_weight_gradient_of_chunk(x[i : i + chunk], cotangent[i : i + chunk], padding) for i in starts)
 
 
-def _onednn_weight_gradient_of_chunk(x, cotangent, size):
-    (height, width), (_, rows, columns, inputs) = size, x.shape
+def _onednn_weight_gradient_of_chunk(x, cotangent, padding):
+    (_, rows, columns, inputs), (_, *window_sides, _) = x.shape, cotangent.shape
+    height, width = (
+        side + 2 * edge - taps + 1 for side, edge, taps in zip((rows, columns), padding, window_sides, strict=True)
+    )
     volume, window = x.transpose(1, 2, 3, 0)[None], cotangent[:, :, :, None]
     axes = (0, 4, 1, 2, 3)
     out = jax.ShapeDtypeStruct((1, height, width, inputs, cotangent.shape[3]), jnp.float32)
-    return _call(volume, window, out, axes, axes, (rows, columns, 1), (height // 2, width // 2, 0))[0]
+    return _call(volume, window, out, axes, axes, (*window_sides, 1), (*padding, 0))[0]
 
 
 def _call(x, kernel, out, axes, kernel_axes, window, padding):

@@ -5,6 +5,7 @@ wrong numbers. So a process of its own computes small convolutions and both grad
 compares them with lax.
 """
 
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -17,11 +18,12 @@ from pathlib import Path
 
 SECONDS = 120  # a trial that takes longer has hung
 
-_CASES = (  # batch, height, width, input channels, output channels, kernel size
-    (2, 8, 8, 16, 32, 3),
-    (1, 5, 7, 27, 13, 1),
-    (1, 3, 3, 3, 5, 3),
-    (33, 4, 4, 8, 24, 3),
+_CASES = (  # batch, height, width, input channels, output channels, kernel size, padding
+    (2, 8, 8, 16, 32, 3, "SAME"),
+    (1, 5, 7, 27, 13, 1, "SAME"),
+    (1, 3, 3, 3, 5, 3, "SAME"),
+    (33, 4, 4, 8, 24, 3, "SAME"),
+    (3, 8, 9, 3, 24, 2, "VALID"),
 )
 _TOLERANCES = {  # (operands, result): largest difference from float32 lax, as a share of the largest value
     ("float32", "float32"): 1e-4,
@@ -98,11 +100,12 @@ def _main():
 
     from fastcifar_jax import conv
 
-    for batch, height, width, inputs, outputs, size in _CASES:
+    for batch, height, width, inputs, outputs, size, padding in _CASES:
+        margin, edge = (size // 2, 0) if padding == "SAME" else (0, size - 1)
         rng = np.random.default_rng(0)
         x = jnp.asarray(rng.normal(size=(batch, height, width, inputs)), jnp.float32)
         kernel = jnp.asarray(rng.normal(size=(size, size, inputs, outputs)), jnp.float32)
-        cotangent = jnp.asarray(rng.normal(size=(batch, height, width, outputs)), jnp.float32)
+        cotangent = jnp.asarray(rng.normal(size=(batch, height - edge, width - edge, outputs)), jnp.float32)
 
         def three_passes(f, x=x, kernel=kernel, cotangent=cotangent):
             def run(x, kernel, cotangent):
@@ -111,9 +114,11 @@ def _main():
 
             return jax.jit(run)(x, kernel, cotangent)
 
-        exact = three_passes(conv._lax_conv)
+        exact = three_passes(functools.partial(conv._lax_conv, padding=(margin, margin)))
         for (operands, result), tolerance in _TOLERANCES.items():
-            f = lambda x, kernel, operands=operands, result=result: conv.conv(x.astype(result), kernel, operands)
+            f = lambda x, kernel, operands=operands, result=result, padding=padding: conv.conv(
+                x.astype(result), kernel, operands, padding
+            )
             for name, found, expected in zip(("y", "dx", "dw"), three_passes(f), exact, strict=True):
                 scale = float(jnp.abs(expected).max())
                 error = float(jnp.abs(found.astype(jnp.float32) - expected).max()) / scale

@@ -1,5 +1,6 @@
 """Every way against float64 NumPy, and the fall back to lax when the trial fails."""
 
+import functools
 import json
 import os
 import subprocess
@@ -17,7 +18,7 @@ from fastcifar_jax import onednn_trial
 from fastcifar_jax.conv import conv
 
 WAYS = ("lax", "onednn")
-SHAPES = {  # batch, height, width, inputs, outputs, kernel size
+SHAPES = {  # batch, height, width, inputs, outputs, kernel size, and "VALID" where nothing is padded
     "plain": (4, 8, 8, 16, 32, (3, 3)),
     "batch of 1": (1, 8, 8, 16, 16, (3, 3)),
     "27 inputs 1x1": (4, 8, 8, 27, 64, (1, 1)),
@@ -33,6 +34,10 @@ SHAPES = {  # batch, height, width, inputs, outputs, kernel size
     "side by side": (32, 4, 3, 8, 16, (3, 3)),
     "side by side, 5x5": (24, 4, 5, 8, 8, (5, 5)),
     "side by side, 1x1": (16, 2, 2, 8, 8, (1, 1)),
+    "2x2 whitening, not padded": (5, 9, 8, 3, 24, (2, 2), "VALID"),
+    "3x3, not padded": (33, 5, 6, 4, 8, (3, 3), "VALID"),
+    "narrow, not padded": (16, 4, 4, 8, 8, (3, 3), "VALID"),
+    "as large as the map": (16, 3, 3, 8, 8, (3, 3), "VALID"),
 }
 PRECISIONS = {  # operands, x, largest error as a share of the largest value
     "float32": ("float32", "float32", 1e-5),
@@ -50,30 +55,32 @@ def way(request, monkeypatch):
     return request.param
 
 
-def arrays(batch, height, width, inputs, outputs, size):
+def arrays(batch, height, width, inputs, outputs, size, padding="SAME"):
     rng = np.random.default_rng(0)
-    x, cotangent = rng.normal(size=(batch, height, width, inputs)), rng.normal(size=(batch, height, width, outputs))
+    lost = (0, 0) if padding == "SAME" else (size[0] - 1, size[1] - 1)
+    x = rng.normal(size=(batch, height, width, inputs))
+    cotangent = rng.normal(size=(batch, height - lost[0], width - lost[1], outputs))
     return x, rng.normal(size=(*size, inputs, outputs)), cotangent
 
 
 def numpy_passes(x, kernel, cotangent):
     """Output and both gradients in float64, tap by tap."""
     height, width = kernel.shape[:2]
-    margin = ((0, 0), (height // 2, height // 2), (width // 2, width // 2), (0, 0))
-    padded = np.pad(x, margin)
+    top, left = ((taps - 1 - a + b) // 2 for taps, a, b in zip(kernel.shape, x.shape[1:3], cotangent.shape[1:3]))
+    padded = np.pad(x, ((0, 0), (top, top), (left, left), (0, 0)))
     y, to_padded, to_kernel = np.zeros(cotangent.shape), np.zeros(padded.shape), np.zeros(kernel.shape)
     for i in range(height):
         for j in range(width):
-            view = (slice(None), slice(i, i + x.shape[1]), slice(j, j + x.shape[2]))
+            view = (slice(None), slice(i, i + cotangent.shape[1]), slice(j, j + cotangent.shape[2]))
             y += padded[view] @ kernel[i, j]
             to_padded[view] += cotangent @ kernel[i, j].T
             to_kernel[i, j] = np.einsum("nhwc,nhwk->ck", padded[view], cotangent)
-    top, left = height // 2, width // 2
     return y, to_padded[:, top : top + x.shape[1], left : left + x.shape[2]], to_kernel
 
 
 def passes(x, kernel, cotangent, operands):
-    y, vjp = jax.vjp(lambda x, kernel: conv(x, kernel, operands), x, kernel)
+    padding = "SAME" if cotangent.shape[1:3] == x.shape[1:3] else "VALID"
+    y, vjp = jax.vjp(lambda x, kernel: conv(x, kernel, operands, padding), x, kernel)
     return (y, *vjp(cotangent))
 
 
@@ -125,17 +132,19 @@ def test_gradient_of_a_gradient(way):
     """Through the weight gradient and through the input gradient, against lax differentiated twice."""
     x, kernel, _ = (jnp.asarray(a, jnp.float32) for a in arrays(2, 5, 5, 3, 4, (3, 3)))
 
+    lax_conv = functools.partial(conv_module._lax_conv, padding=(1, 1))
+
     def twice(f):
         first = jax.grad(lambda x, kernel: jnp.sin(f(x, kernel)).sum(), argnums=(0, 1))
         return jax.grad(lambda x, kernel: sum(jnp.square(g).sum() for g in first(x, kernel)), argnums=(0, 1))(x, kernel)
 
-    for found, expected in zip(twice(conv), twice(conv_module._lax_conv), strict=True):
+    for found, expected in zip(twice(conv), twice(lax_conv), strict=True):
         close(found, expected, 1e-4)
 
 
 @pytest.mark.parametrize(
     "case",
-    ["float16", "float64", "even kernel", "no images"],
+    ["float16", "float64", "no images"],
 )
 def test_cases_that_the_call_does_not_know_go_to_lax(case, monkeypatch):
     """A call would end the process; even when forced, it is not made."""
@@ -143,9 +152,21 @@ def test_cases_that_the_call_does_not_know_go_to_lax(case, monkeypatch):
     with jax.enable_x64(case == "float64"):
         dtype = case if case.startswith("float") else "float32"
         x = jnp.ones((0 if case == "no images" else 2, 4, 4, 3), dtype)
-        kernel = jnp.ones((2, 2, 3, 5) if case == "even kernel" else (3, 3, 3, 5), dtype)
+        kernel = jnp.ones((3, 3, 3, 5), dtype)
         assert "onednn" not in jax.jit(conv).lower(x, kernel).as_text()
         assert conv(x, kernel).shape == (*x.shape[:3], 5)
+
+
+@pytest.mark.parametrize("size", [(2, 2), (4, 3), (1, 2)])
+def test_an_even_kernel_is_padded_for_as_lax_does(way, size):
+    x, kernel, _ = (jnp.asarray(a, jnp.float32) for a in arrays(2, 6, 5, 4, 3, size))
+    layout = ("NHWC", "HWIO", "NHWC")
+    close(conv(x, kernel), lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=layout), 1e-5)
+
+
+def test_a_kernel_larger_than_the_maps(way):
+    with pytest.raises(ValueError, match="a kernel of 3x3 does not fit into maps of 2x8"):
+        conv(jnp.ones((1, 2, 8, 3)), jnp.ones((3, 3, 3, 4)), padding="VALID")
 
 
 def test_both_ways_stand_in_one_exported_program(monkeypatch):
