@@ -26,6 +26,7 @@ from fastcifar_jax import conv  # noqa: E402
 from fastcifar_jax.data import load  # noqa: E402
 from fastcifar_jax.recipe import change  # noqa: E402
 from fastcifar_jax.train import compile_programs  # noqa: E402
+from fastcifar_jax.tunable import tunable  # noqa: E402
 
 
 @click.command()
@@ -50,7 +51,9 @@ def main(data, limit_train, width, dtype, rounds):
         programs, state = runs[driver]
         plan = programs.plan(jax.random.key(1), np.int32(i), dataset)
         start = time.perf_counter()
-        state, _ = jax.block_until_ready(programs.train_epoch(state, dataset, plan, None))
+        state, _ = jax.block_until_ready(
+            programs.train_epoch(tunable(recipe), state, dataset, plan, programs.steps_per_epoch, None)
+        )
         runs[driver][1] = state
         return time.perf_counter() - start
 

@@ -40,6 +40,7 @@ from fastcifar_jax.hosts import place  # noqa: E402
 from fastcifar_jax.mesh import compile_for_mesh, make_mesh, raw_keys, spread_over  # noqa: E402
 from fastcifar_jax.recipe import change  # noqa: E402
 from fastcifar_jax.train import compile_programs  # noqa: E402
+from fastcifar_jax.tunable import tunable  # noqa: E402
 
 
 @click.command()
@@ -57,6 +58,7 @@ def main(data, limit_train, width, dtype, count, driver, rounds):
     dataset, info = load(data, limit_train=limit_train)
     dataset = jax.device_put(dataset)
     mesh = make_mesh(1, 1)
+    values, steps = tunable(recipe), limit_train // recipe.batch_size
 
     def loop():
         programs = compile_programs(recipe, len(info.classes), dataset, driver)
@@ -66,7 +68,9 @@ def main(data, limit_train, width, dtype, count, driver, rounds):
         def epoch(i):
             for seed, key in enumerate(keys):
                 plan = programs.plan(key, np.int32(i), dataset)
-                states[seed], _ = jax.block_until_ready(programs.train_epoch(states[seed], dataset, plan, None))
+                states[seed], _ = jax.block_until_ready(
+                    programs.train_epoch(values, states[seed], dataset, plan, steps, None)
+                )
 
         return epoch
 
@@ -79,7 +83,7 @@ def main(data, limit_train, width, dtype, count, driver, rounds):
         def epoch(i):
             nonlocal state
             plan = programs.plan(keys, np.int32(i), everywhere)
-            state, _ = jax.block_until_ready(programs.train_epoch(state, everywhere, plan, None))
+            state, _ = jax.block_until_ready(programs.train_epoch(values, state, everywhere, plan, steps, None))
 
         return epoch
 
@@ -95,7 +99,7 @@ def main(data, limit_train, width, dtype, count, driver, rounds):
             epochs[strategy](i + 1)
             if i:  # the first round warms up
                 seconds[strategy].append(time.perf_counter() - start)
-    images = count * (limit_train // recipe.batch_size) * recipe.batch_size
+    images = count * steps * recipe.batch_size
     print(f"width {width}, {count} seeds, {driver}, {dtype}, conv {conv.way()[0]}, n = {rounds}")
     for strategy, times in seconds.items():
         ratios = [a / b for a, b in zip(times, seconds["loop"], strict=True)]

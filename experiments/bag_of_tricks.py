@@ -9,11 +9,13 @@ it says it.
 
 from dataclasses import replace
 
+from fastcifar_jax.activations import Celu, Relu
 from fastcifar_jax.augment import Crop, Cutout, Flip, PerExample, ShuffledGroups
 from fastcifar_jax.losses import CrossEntropy
-from fastcifar_jax.model import Celu, Norm, Relu, ResNet9
+from fastcifar_jax.model import Norm
 from fastcifar_jax.optim import Ema, Nesterov
 from fastcifar_jax.recipe import Published, Recipe
+from fastcifar_jax.resnet9 import ResNet9
 from fastcifar_jax.schedules import WarmupDecay
 
 POST = "How to Train Your ResNet 8"

@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastcifar_jax.activations import Celu
 from fastcifar_jax.evaluate import FlipTTA
-from fastcifar_jax.model import Celu, Norm, ResNet9
+from fastcifar_jax.model import Norm
 from fastcifar_jax.recipe import Recipe
+from fastcifar_jax.resnet9 import ResNet9
 from fastcifar_jax.types import Evaluation, StepInfo
 
 WHITENING_CHUNK = 250  # images at a time: all 10,000 would unfold into 1 GB of patches

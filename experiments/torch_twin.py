@@ -32,14 +32,16 @@ from experiments.torch_network import (
     normalize,
     whitening_filters,
 )  # fmt: skip
+from fastcifar_jax.activations import Celu, Relu
 from fastcifar_jax.augment import Crop, Cutout, Flip, PerExample, ShuffledGroups
 from fastcifar_jax.evaluate import FlipTTA, NoTTA
 from fastcifar_jax.losses import CrossEntropy
-from fastcifar_jax.model import Celu, Norm, Relu, ResNet9
+from fastcifar_jax.model import Norm
 from fastcifar_jax.optim import Ema, Nesterov
 from fastcifar_jax.recipe import Recipe, resolve_dtype
-from fastcifar_jax.schedules import WarmupDecay
-from fastcifar_jax.train import Diverged
+from fastcifar_jax.resnet9 import ResNet9
+from fastcifar_jax.schedules import WarmupDecay, count_steps
+from fastcifar_jax.train import Diverged, steps_of_epochs
 from fastcifar_jax.types import Dataset, EpochInfo, RunResult, StepInfo
 
 _KNOWN = {
@@ -234,14 +236,16 @@ def _tensor(array):
     return torch.from_numpy(np.require(array, requirements=("C", "W")))  # PyTorch warns of what it cannot write to
 
 
-def _train_epoch(run: _Run, generator: torch.Generator, on_step: Callable[[int, StepInfo], None] | None) -> StepInfo:
-    """Plans an epoch and takes its steps; returns the sums over its images, as Python numbers."""
+def _train_epoch(
+    run: _Run, generator: torch.Generator, num_steps: int, on_step: Callable[[int, StepInfo], None] | None
+) -> StepInfo:
+    """Plans an epoch and takes `num_steps` steps; returns the sums over its images, as Python numbers."""
     images, labels, batch_size = run.data.train_images, run.data.train_labels, run.recipe.batch_size
     plan = draw_plan(run.recipe, *images.shape[:3], generator)
     plan = Plan(plan.order.to(images.device), tuple(option.to(images.device) for option in plan.options))
     run.network.train()
     totals = StepInfo(torch.tensor(0.0, device=images.device), torch.tensor(0, device=images.device))
-    for i in range(len(plan.order) // batch_size):
+    for i in range(num_steps):
         ids = plan.order[i * batch_size : (i + 1) * batch_size]
         info = run.step(make_batch(run.recipe, images, plan, ids), labels[ids])
         totals = StepInfo(totals.loss + info.loss, totals.correct + info.correct)
@@ -292,7 +296,7 @@ def make_train(recipe: Recipe, num_classes: int, device: str | torch.device | No
         train, test = recipe.batch_size, TEST_CHUNK
         few = [array[:n] for array, n in zip(dataset, (train, train, test, test), strict=True)]
         run = _start(recipe, num_classes, Dataset(*few), 0, device)
-        _train_epoch(run, torch.Generator().manual_seed(0), None)
+        _train_epoch(run, torch.Generator().manual_seed(0), 1, None)
         evaluate(recipe, run.evaluated, run.data.test_images, run.data.test_labels)
 
     def train(
@@ -303,8 +307,8 @@ def make_train(recipe: Recipe, num_classes: int, device: str | torch.device | No
         on_compiled: Callable[[float], None] | None = None,
     ) -> RunResult:
         num_train, num_test = len(dataset.train_labels), len(dataset.test_labels)
-        num_images = num_train - num_train % recipe.batch_size
-        if not num_images:
+        steps_per_epoch = num_train // recipe.batch_size
+        if not steps_per_epoch:
             raise ValueError(
                 f"batch_size {recipe.batch_size} is larger than the {num_train} training images; set it lower"
             )
@@ -327,19 +331,20 @@ def make_train(recipe: Recipe, num_classes: int, device: str | torch.device | No
 
         epochs: list[EpochInfo] = []
         generator = torch.Generator().manual_seed(seed_plans)
-        for epoch in range(1, recipe.num_epochs + 1):
+        for epoch, num_steps in enumerate(steps_of_epochs(recipe, steps_per_epoch), start=1):
             begin = time.perf_counter()
             step_seen = None if on_step is None else functools.partial(on_step, epoch)
-            totals = _train_epoch(run, generator, step_seen)  # Python numbers, so the device has finished
+            totals = _train_epoch(run, generator, num_steps, step_seen)  # Python numbers, so the device has finished
             seconds = time.perf_counter() - begin
             sums = evaluate(recipe, run.evaluated, run.data.test_images, run.data.test_labels)
-            means = [*(x / num_images for x in totals), *(x / num_test for x in sums)]
+            means = [*(x / (num_steps * recipe.batch_size) for x in totals), *(x / num_test for x in sums)]
             epochs.append(EpochInfo(epoch, seconds, *means))
             if not (math.isfinite(epochs[-1].train_loss) and math.isfinite(epochs[-1].test_loss)):
                 raise Diverged(recipe.name, tuple(epochs))
             if on_epoch is not None:
                 on_epoch(epochs[-1])
-        rate = num_images * len(epochs) / sum(info.train_seconds for info in epochs)
+        num_images = count_steps(recipe.num_epochs, steps_per_epoch) * recipe.batch_size
+        rate = num_images / sum(info.train_seconds for info in epochs)
         return RunResult(run.evaluated.state_dict(), tuple(epochs), setup_seconds, compile_seconds, rate)
 
     @functools.wraps(train)

@@ -5,7 +5,7 @@ whole epoch are drawn at once, a few bytes an image; pixels are touched batch by
 """
 
 import dataclasses
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,15 @@ class Augmentation(Protocol):
 
     def __call__(self, image: Image, option: Array) -> Image:
         """One image with one option applied; must be traceable under `jax.vmap`."""
+        ...
+
+
+@runtime_checkable
+class Settled(Protocol):
+    """An augmentation whose options in one epoch follow from those in another; overrules `Recipe.choices`."""
+
+    def settle(self, key: PRNGKeyArray, epoch: Int[Array, ""], num_images: int) -> Int[Array, " images"]:
+        """The row of its options that each image gets in an epoch (1-based); `key` is the same in every epoch."""
         ...
 
 
@@ -88,6 +97,19 @@ class Flip:
     def __call__(self, image: Image, option: Array) -> Image:
         """The image, mirrored if `option`."""
         return jnp.where(option, image[:, ::-1], image)
+
+
+@dataclasses.dataclass(frozen=True)
+class AlternatingFlip(Flip):
+    """Mirrors a random half in the first epoch, the others in the second, and so on (airbench.md, section 4).
+
+    Each pair of epochs shows every image both ways, where `Flip` would show a quarter of them one way only, twice.
+    """
+
+    def settle(self, key: PRNGKeyArray, epoch: Int[Array, ""], num_images: int) -> Int[Array, " images"]:
+        """1 for an image that is mirrored in this epoch."""
+        first = jax.random.bernoulli(key, 0.5, (num_images,))
+        return jnp.where(epoch % 2 == 1, first, ~first).astype(jnp.int32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,6 +189,37 @@ class ShuffledGroups:
             group = _groups(num_images, len(options))
             choices.append(jnp.zeros(num_images, options.dtype).at[order].set(options[group], unique_indices=True))
         return EpochPlan(order[jax.random.permutation(key_order, num_images)], tuple(choices))
+
+
+def plan_epoch(
+    key: PRNGKeyArray,
+    epoch: Int[Array, ""],
+    choices: Choices,
+    augmentations: tuple[Augmentation, ...],
+    num_images: int,
+    height: int,
+    width: int,
+) -> EpochPlan:
+    """The plan of an epoch of a run: drawn anew, but for augmentations that are `Settled`.
+
+    Args:
+      key: of the run's data.
+      epoch: 1-based.
+      choices: of the recipe.
+      augmentations: of the recipe.
+      num_images: training images.
+      height: of an image, in pixels.
+      width: of an image, in pixels.
+    """
+    plan = choices(jax.random.fold_in(key, epoch), augmentations, num_images, height, width)
+    key_settled = jax.random.fold_in(key, 0)  # epochs count from 1
+    settled = tuple(
+        augmentation.settle(jax.random.fold_in(key_settled, i), epoch, num_images)
+        if isinstance(augmentation, Settled)
+        else choice
+        for i, (augmentation, choice) in enumerate(zip(augmentations, plan.choices, strict=True))
+    )
+    return plan._replace(choices=settled)
 
 
 def _groups(num_images: int, num_groups: int) -> Int[Array, " images"]:

@@ -1,17 +1,19 @@
 """The commands; knows where experiments are found, nothing about any of them."""
 
+import functools
 import json
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, get_args
 
 import click
 
-from fastcifar_jax import bench, conv, discover, records, report, runs
+from fastcifar_jax import bench, conv, discover, hosts, records, report, runs
 from fastcifar_jax.compare_cli import compare, trade
 from fastcifar_jax.conv import default_driver, default_dtype
+from fastcifar_jax.mesh import Strategy, make_mesh
 from fastcifar_jax.model import PRECISIONS
 from fastcifar_jax.options import Invocation, RunOptions, make_jobs, refusals, run_options, seeds_option
 from fastcifar_jax.recipe import change
@@ -60,7 +62,7 @@ def list_command(invocation: Invocation) -> None:
     for title in dict.fromkeys(experiment.title for experiment in experiments):
         console.print(title, style="bold", soft_wrap=True)
         console.print(report.ladder([e.recipe for e in experiments if e.title == title]))
-    console.print("published: mean test accuracy of so many runs, TTA with test-time augmentation; V100: training time")
+    console.print("published: mean test accuracy of so many runs, TTA with test-time augmentation; time: of training")
 
 
 @commands.command()
@@ -75,35 +77,85 @@ def show(invocation: Invocation, name: str) -> None:
                 console.print(part, soft_wrap=isinstance(part, str))
 
 
+def _mesh(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, int] | None:
+    """ "4" is (4, 1) and "4x2" is (4, 2)."""
+    if value is None:
+        return None
+    sizes = value.split("x")
+    if len(sizes) > 2 or not all(size.isdecimal() for size in sizes):
+        raise click.BadParameter(f"{value!r} is no mesh; give devices for seeds, as in 8, or 4x2", context, parameter)
+    return int(sizes[0]), int(sizes[1]) if len(sizes) > 1 else 1
+
+
 @commands.command()
 @click.argument("names", metavar="NAME...", nargs=-1, required=True)
 @seeds_option("1")
+@click.option("--strategy", type=click.Choice(get_args(Strategy)), help="What a device does with several seeds.")
+@click.option("--mesh", callback=_mesh, metavar="SEEDS[xBATCH]", help="Devices: 8 for so many seeds at once; 4x2.")
+@click.option("--distributed", is_flag=True, help="This is one of several processes; see docs/scaling.md.")
 @run_options
 @click.pass_obj
-def run(invocation: Invocation, names: tuple[str, ...], seeds: range, options: RunOptions) -> int:
+def run(
+    invocation: Invocation,
+    names: tuple[str, ...],
+    seeds: range,
+    strategy: Strategy | None,
+    mesh: tuple[int, int] | None,
+    distributed: bool,
+    options: RunOptions,
+) -> int:
     """Trains recipes: NAME is one that `list` shows, or the path of a Python file with a RECIPE or RECIPES.
 
     Every seed leaves a record under --out; those that have one are skipped. torch:NAME trains in PyTorch.
+    Seeds run one after another on one device unless --strategy, --mesh or --distributed says otherwise.
     """
     console = report.make_console()
+    together = bool(strategy or mesh or distributed)
+    if distributed:
+        with refusals():
+            conv.keep_freed_memory()  # before JAX starts its threads
+            hosts.initialize()
+        console.quiet = not hosts.writes_records()
     jobs, driver = make_jobs(invocation, names, options, console)
+    if together and any(job.twin for job in jobs.values()):
+        raise click.UsageError("torch: arms train one seed after another; leave out --strategy, --mesh, --distributed")
+    writes = hosts.writes_records()
     with refusals():
         known = {  # a damaged record is found before anything is trained
             (job.framework, job.recipe.hash, seed)
             for job in jobs.values()
             for seed in seeds
-            if not options.again and runs.on_record(job, options.out, seed)
+            if writes and not options.again and runs.on_record(job, options.out, seed)
         }
-        records.make_folder(options.out)
+        devices = make_mesh(*(mesh or (None, 1))) if together else None
+        if writes:
+            records.make_folder(options.out)
     ended: list[Record] = []
     interrupted = ""
+    start = functools.partial(
+        runs.run_together if together else runs.make_runner,
+        console=console,
+        out=options.out,
+        driver=driver,
+        arguments=invocation.arguments,
+        again=options.again,
+        compiled={},
+    )
     try:
         for job in jobs.values():
-            again = options.again
-            runner = runs.make_runner(job, ended, console, options.out, driver, invocation.arguments, again=again)
-            finished = [record for record in map(runner, seeds) if record.status == "finished"]
+            before = len(ended)
+            if together:
+                try:
+                    start(job, seeds, ended, strategy=strategy or "loop", mesh=devices)
+                except runs.Refused as error:
+                    raise click.UsageError(str(error)) from error
+            else:
+                runner = start(job, ended)
+                for seed in seeds:
+                    runner(seed)
+            finished = [record for record in ended[before:] if record.status == "finished"]
             if len(finished) > 1:
-                console.print(report.seeds_line(finished), soft_wrap=True)
+                console.print(report.seeds_line(job.arm, finished), soft_wrap=True)
             if job.as_published and job.recipe.published.accuracy is not None:
                 console.print(report.published_line(job.recipe), soft_wrap=True)
     except KeyboardInterrupt:

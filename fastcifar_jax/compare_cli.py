@@ -1,7 +1,9 @@
 """The commands that compare recipes."""
 
 import dataclasses
+import functools
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,16 @@ from rich.console import Console
 from fastcifar_jax import comparison, discover, records, report, runs, stats
 from fastcifar_jax import trade as trading
 from fastcifar_jax.comparison import ACCURACIES, METRICS, Arm, Question
-from fastcifar_jax.options import Invocation, RunOptions, make_jobs, refusals, run_options, seeds_option
+from fastcifar_jax.options import (
+    Invocation,
+    RunOptions,
+    arm_name,
+    make_jobs,
+    refusals,
+    run_options,
+    seeds_option,
+    variants,
+)
 from fastcifar_jax.recipe import change
 from fastcifar_jax.records import Record
 
@@ -70,8 +81,15 @@ def compare(
         with refusals():
             records.make_folder(options.out)
             ended: list[Record] = []
-            make = lambda job: runs.make_runner(
-                job, ended, console, options.out, driver, invocation.arguments, again=options.again
+            make = functools.partial(
+                runs.make_runner,
+                ended=ended,
+                console=console,
+                out=options.out,
+                driver=driver,
+                arguments=invocation.arguments,
+                again=options.again,
+                compiled={},
             )
             runners = {name: make(job) for name, job in jobs.items()}
             if until is None:
@@ -119,7 +137,7 @@ def _compare_until(runners, half_width, max_seeds, question, anyway, console) ->
 
 def _arms_on_file(invocation: Invocation, names: Sequence[str], options: RunOptions) -> list[Arm]:
     """Raises ValueError for arms without records or with those of several recipes."""
-    changes = any((options.assignments, options.epochs, options.width, options.dtype))
+    changes = any((options.assignments, options.sweeps, options.epochs, options.width, options.dtype))
     data = {"source": options.data, "train": options.limit_train}
     arms = []
     for text in names:
@@ -127,14 +145,15 @@ def _arms_on_file(invocation: Invocation, names: Sequence[str], options: RunOpti
         if not changes and "*" not in name:
             arms.append(comparison.on_file(options.out, text, **data))
             continue
-        for experiment in discover.resolve((name,), invocation.folder):
-            recipe = experiment.recipe
+        experiments = discover.resolve((name,), invocation.folder)
+        for experiment, variant in itertools.product(experiments, variants(options.sweeps)):
+            recipe, assignments = experiment.recipe, (*options.assignments, *variant)
             if changes:
-                recipe = change(recipe, options.assignments, options.epochs, options.width, options.dtype)
+                recipe = change(recipe, assignments, options.epochs, options.width, options.dtype)
                 prefix = recipe.hash
             spelling = f"{framework}:{recipe.name}"
             found = comparison.on_file(options.out, f"{spelling}@{prefix}" if prefix else spelling, **data)
-            arms.append(found._replace(name=spelling.removeprefix("jax:")))
+            arms.append(found._replace(name=arm_name(framework, recipe.name, variant)))
     arms = list({arm.name: arm for arm in arms}.values())
     if len(arms) < 2:
         raise ValueError(f"{', '.join(names)} is one arm; a comparison needs two")
@@ -178,8 +197,9 @@ def trade(
     (base_name, base_job), (name, job) = jobs.items()
 
     def falling() -> Iterator[tuple[int, Arm]]:
-        for num_epochs in range(job.recipe.num_epochs, 0, -step):
+        for num_epochs in range(math.ceil(job.recipe.num_epochs), 0, -step):
             try:
+                num_epochs = min(num_epochs, job.recipe.num_epochs)  # 9.9, then 9, 8, ...
                 recipe = dataclasses.replace(job.recipe, num_epochs=num_epochs)
             except ValueError as error:
                 console.print(f"no run of {num_epochs} epochs: {error}", soft_wrap=True)

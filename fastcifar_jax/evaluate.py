@@ -44,6 +44,33 @@ class FlipTTA:
         return (predict(images) + predict(images[:, :, ::-1])) / 2
 
 
+@dataclasses.dataclass(frozen=True)
+class SixViewTTA:
+    """The image and its mirror image with weight 1/4 each, two shifted ones and theirs with 1/8.
+
+    Logits are averaged, not probabilities. The image is shifted up and left, and down and right, over its reflection
+    (airbench.md, section 7).
+
+    Attributes:
+      shift: in pixels.
+    """
+
+    shift: int = 1
+
+    def __post_init__(self):
+        if self.shift < 1:
+            raise ValueError(f"SixViewTTA has shift {self.shift}; give a number of pixels >= 1")
+
+    def __call__(self, predict: Predict, images: Images) -> Logits:
+        """Weighted mean of the logits, in their dtype."""
+        both_ways = lambda views: (predict(views) + predict(views[:, :, ::-1])) / 2
+        _, height, width, _ = images.shape
+        edge = (self.shift, self.shift)
+        padded = jnp.pad(images, ((0, 0), edge, edge, (0, 0)), mode="reflect")
+        first, last = padded[:, :height, :width], padded[:, -height:, -width:]
+        return both_ways(images) / 2 + (both_ways(first) + both_ways(last)) / 4
+
+
 def evaluate(
     predict: Predict,
     loss: Callable[[Logits, Labels], Logits],

@@ -19,7 +19,8 @@ from fastcifar_jax.conv import Driver, compiler_options
 from fastcifar_jax.hosts import place
 from fastcifar_jax.norm import whole_groups
 from fastcifar_jax.recipe import Recipe, resolve_dtype
-from fastcifar_jax.train import Programs, make_functions, shapes_of
+from fastcifar_jax.train import Programs, make_functions, shapes_of, with_values
+from fastcifar_jax.tunable import tunable
 from fastcifar_jax.types import Dataset, TrainState
 
 Strategy = Literal["loop", "map", "vmap"]
@@ -73,6 +74,7 @@ def compile_for_mesh(
     devices = mesh.shape["batch"]
     axis_name = "batch" if devices > 1 else None
     functions = make_functions(recipe, num_classes, len(dataset.train_labels), axis_name)
+    values, function = tunable(recipe), with_values(recipe, num_classes, len(dataset.train_labels), axis_name)
     key, index, *shapes = shapes_of(functions, recipe, dataset)
     seeds = mesh.shape["seed"] * each
     state, totals, plan = jax.tree.map(lambda x: jax.ShapeDtypeStruct((seeds, *x.shape), x.dtype), tuple(shapes))
@@ -101,17 +103,18 @@ def compile_for_mesh(
         key = lambda raw: jax.random.split(jax.random.wrap_key_data(raw))[1]
         return draw(lambda raw: functions.plan(key(raw), epoch, dataset))(raw)
 
-    def train_whole_epoch(state, plan, dataset):
-        return lift(lambda state, plan: functions.train_epoch(state, dataset, plan))(state, plan)
+    def train_whole_epoch(state, plan, dataset, num_steps, values):
+        train = lambda state, plan: function("train_epoch")(values, state, dataset, plan, num_steps)
+        return lift(train)(state, plan)
 
-    def train_one_batch(state, totals, plan, dataset, index):
-        step = lambda state, totals, plan: functions.train_batch(state, totals, dataset, plan, index)
+    def train_one_batch(state, totals, plan, dataset, index, values):
+        step = lambda state, totals, plan: function("train_batch")(values, state, totals, dataset, plan, index)
         return lift(step)(state, totals, plan)
 
-    def evaluate(state, dataset):
+    def evaluate(state, dataset, values):
         def on(pixels, labels):
             part = dataset._replace(test_images=pixels, test_labels=labels)
-            return lift(lambda state: functions.evaluate(state, part))(state)
+            return lift(lambda state: function("evaluate")(values, state, part))(state)
 
         test = dataset.test_images, dataset.test_labels
         if axis_name is None:
@@ -126,36 +129,39 @@ def compile_for_mesh(
         return jax.tree.map(lambda *x: sum(x), *sums)
 
     if driver == "scan":
-        specs = (training, one, shared), (training, one)
-        program = compiled(train_whole_epoch, (state, plan, dataset), *specs, donate=0, options=compiler_options())
+        specs = (training, one, shared, shared, shared), (training, one)
+        args = (state, plan, dataset, index, values)
+        program = compiled(train_whole_epoch, args, *specs, donate=0, options=compiler_options())
 
-        def train_epoch(state, dataset, plan, on_step):
+        def train_epoch(values, state, dataset, plan, num_steps, on_step):
             del on_step
-            return program(state, plan, dataset)
+            return program(state, plan, dataset, np.int32(num_steps), values)
 
     else:
-        specs = (training, one, one, shared, shared), (training, one)
-        args = (state, totals, plan, dataset, index)
+        specs = (training, one, one, shared, shared, shared), (training, one)
+        args = (state, totals, plan, dataset, index, values)
         program = compiled(train_one_batch, args, *specs, donate=(0, 1), options=compiler_options())
 
-        def train_epoch(state, dataset, plan, on_step):
+        def train_epoch(values, state, dataset, plan, num_steps, on_step):
             del on_step
             sums = place(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), totals), lies(one))
-            for i in range(len(dataset.train_labels) // recipe.batch_size):
-                state, sums = program(state, sums, plan, dataset, np.int32(i))
+            for i in range(num_steps):
+                state, sums = program(state, sums, plan, dataset, np.int32(i), values)
             return state, sums
 
     def entering(epoch):
         enter = jax.vmap(lambda state: functions.enter_evaluation(state, epoch))
         return jax.jit(enter, in_shardings=(lies(training),), out_shardings=lies(training)).lower(state).compile()
 
+    specs = (one, shared, shared), one
+    program_to_evaluate = compiled(evaluate, (state, dataset, values), *specs, lie_in=(training, shared, shared))
     first, later = entering(1), entering(2)  # all that the epoch's number matters for
     return Programs(
         init=compiled(init, (raw, dataset), (one, shared), one, lie_out=training),
         plan=compiled(plan_epoch, (raw, index, dataset), (one, shared, shared), one),
         train_epoch=train_epoch,
         enter_evaluation=lambda state, epoch: (first if epoch == 1 else later)(state),
-        evaluate=compiled(evaluate, (state, dataset), (one, shared), one, lie_in=(training, shared)),
+        evaluate=lambda values, state, dataset: program_to_evaluate(state, dataset, values),
         steps_per_epoch=len(dataset.train_labels) // recipe.batch_size,
     )
 

@@ -2,23 +2,31 @@
 
 import dataclasses
 import re
-from typing import Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
-from fastcifar_jax.schedules import Schedule, WarmupDecay
+from fastcifar_jax.schedules import Schedule, Triangle, WarmupDecay, count_steps
 from fastcifar_jax.types import Params
 
 
 class Optimizer(Protocol):
     """What `Recipe.optim` must be: a frozen dataclass that builds an optax transformation for a run's length."""
 
-    def __call__(self, num_epochs: float, steps_per_epoch: int) -> optax.GradientTransformation:
+    def __call__(self, num_epochs: float, steps_per_epoch: int, batch_size: int) -> optax.GradientTransformation:
         """The transformation for a run of `num_epochs` epochs; it takes the gradients of a mean loss."""
         ...
+
+
+class Progress(NamedTuple):
+    """Where in a run a step is."""
+
+    step: Int[Array, ""]  # steps taken, with this one
+    batch_index: Int[Array, ""]  # of its batch in the epoch, 0-based
+    num_steps: int  # of the whole run
 
 
 class Average(Protocol):
@@ -28,8 +36,8 @@ class Average(Protocol):
         """The average before the first step."""
         ...
 
-    def update(self, average: Params, variables: Params, batch_index: Int[Array, ""]) -> Params:
-        """The average after the step that trained on batch `batch_index` (0-based) of its epoch."""
+    def update(self, average: Params, variables: Params, progress: Progress) -> tuple[Params, Params]:
+        """The average after a step, and the variables that training goes on with."""
         ...
 
 
@@ -69,6 +77,17 @@ def nesterov(
     )
 
 
+def scale_biases(factor: float, pattern: str = r"bias$") -> optax.GradientTransformation:
+    """Multiplies the gradients of the parameters whose path matches `pattern` by `factor`."""
+
+    def update(updates, params):
+        del params
+        groups = label_by_path(updates, {"bias": pattern, "other": ""})
+        return jax.tree.map(lambda g, group: g * factor if group == "bias" else g, updates, groups)
+
+    return optax.stateless(update)
+
+
 def label_by_path(params: Params, groups: dict[str, str]) -> Params:
     """Names the group of every parameter: the first whose pattern is found in its path ("layer1/conv/kernel").
 
@@ -90,12 +109,15 @@ def label_by_path(params: Params, groups: dict[str, str]) -> Params:
 class Nesterov:
     """The optimiser of the bag of tricks: weights in one group, batch norm biases in another (section 3.3).
 
+    The biases' rate is multiplied and their decay divided by one number, so the product of the two is that of the
+    weights, and all that differs is what the gradient is multiplied by.
+
     Attributes:
       peak_lr: largest learning rate, for a mean loss.
       momentum: of Nesterov's velocity.
       weight_decay: coupled L2, for a mean loss.
       bias_scale: the biases' learning rate is multiplied and their decay divided by this (64 from the frozen
-        scales on), so that their `lr * weight_decay` stays that of the weights.
+        scales on).
       schedule: multiples of the peak over the run.
     """
 
@@ -105,6 +127,8 @@ class Nesterov:
     bias_scale: float = 1.0
     schedule: WarmupDecay = WarmupDecay()
 
+    TUNABLE: ClassVar = ("peak_lr", "momentum", "weight_decay", "bias_scale", "schedule")
+
     def __post_init__(self):
         if not (self.peak_lr > 0 and 0 <= self.momentum < 1 and self.weight_decay >= 0 and self.bias_scale > 0):
             raise ValueError(
@@ -113,26 +137,23 @@ class Nesterov:
                 "weight_decay >= 0"
             )
 
-    def __call__(self, num_epochs: float, steps_per_epoch: int) -> optax.GradientTransformation:
+    def __call__(self, num_epochs: float, steps_per_epoch: int, batch_size: int) -> optax.GradientTransformation:
         """The transformation for a run of `num_epochs` epochs; it takes the gradients of a mean loss.
 
         Raises:
           ValueError: a schedule that does not fit into `num_epochs`.
         """
+        del batch_size  # the rate is for a mean loss
         shape = self.schedule(num_epochs)
-
-        def group(scale):
-            return nesterov(
-                lambda time: self.peak_lr * scale * shape(time),
+        return optax.chain(
+            scale_biases(self.bias_scale),
+            nesterov(
+                lambda time: self.peak_lr * shape(time),
                 steps_per_epoch,
                 momentum=self.momentum,
-                weight_decay=self.weight_decay / scale,
-            )
-
-        if self.bias_scale == 1:
-            return group(1.0)
-        transforms = {"bias": group(self.bias_scale), "weight": group(1.0)}
-        return optax.multi_transform(transforms, lambda params: label_by_path(params, {"bias": r"bias$", "weight": ""}))
+                weight_decay=self.weight_decay,
+            ),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,6 +170,8 @@ class Ema:
     decay: float = 0.99
     every: int = 5
 
+    TUNABLE: ClassVar = ("decay",)
+
     def __post_init__(self):
         if not (0 <= self.decay < 1 and self.every >= 1):
             raise ValueError(f"Ema has decay {self.decay}, every {self.every}; expected 0 <= decay < 1, every >= 1")
@@ -157,11 +180,126 @@ class Ema:
         """A copy, so that donating the state never hands one buffer over twice."""
         return jax.tree.map(jnp.copy, variables)
 
-    def update(self, average: Params, variables: Params, batch_index: Int[Array, ""]) -> Params:
-        """The average after the step that trained on batch `batch_index` (0-based) of its epoch."""
+    def update(self, average: Params, variables: Params, progress: Progress) -> tuple[Params, Params]:
+        """The average after a step, and the variables as they are."""
         share = 1 - self.decay**self.every
-        return jax.lax.cond(
-            batch_index % self.every == 0,
+        average = jax.lax.cond(
+            progress.batch_index % self.every == 0,
             lambda: optax.incremental_update(variables, average, share),
             lambda: average,
         )
+        return average, variables
+
+
+@dataclasses.dataclass(frozen=True)
+class Lookahead:
+    """Slow weights and batch norm statistics that training is set back to (airbench.md, section 5).
+
+    After every `every`-th step s of T: `slow <- d * slow + (1 - d) * fast` with `d = decay ** every * (s / T) ** 3`,
+    then `fast <- slow`. Momentum is left alone. The slow copy is what is evaluated, so the steps after the last of
+    these count for nothing.
+
+    Attributes:
+      decay: share of the slow copy that a step would keep at the end of the run.
+      every: steps between two looks.
+    """
+
+    decay: float = 0.95
+    every: int = 5
+
+    TUNABLE: ClassVar = ("decay",)
+
+    def __post_init__(self):
+        if not (0 <= self.decay < 1 and self.every >= 1):
+            raise ValueError(
+                f"Lookahead has decay {self.decay}, every {self.every}; expected 0 <= decay < 1, every >= 1"
+            )
+
+    def init(self, variables: Params) -> Params:
+        """A copy, so that donating the state never hands one buffer over twice."""
+        return jax.tree.map(jnp.copy, variables)
+
+    def update(self, average: Params, variables: Params, progress: Progress) -> tuple[Params, Params]:
+        """The slow copy after a step, and the fast one, which is the slow one after every `every`-th step."""
+        share = progress.step.astype(jnp.result_type(float)) / progress.num_steps
+        keep = self.decay**self.every * share**3
+
+        def look():
+            mix = lambda slow, fast: keep.astype(slow.dtype) * slow + (1 - keep).astype(slow.dtype) * fast
+            slow = jax.tree.map(mix, average, variables)
+            return slow, slow
+
+        return jax.lax.cond(progress.step % self.every == 0, look, lambda: (average, variables))
+
+
+class FreezeState(NamedTuple):
+    """Of `freeze_after`."""
+
+    count: Int[Array, ""]  # steps taken
+
+
+def freeze_after(pattern: str, num_steps: int) -> optax.GradientTransformation:
+    """Sets the updates of the parameters whose path matches `pattern` to zero from step `num_steps` (0-based) on."""
+
+    def update(updates, state, params=None):
+        del params
+        groups = label_by_path(updates, {"frozen": pattern, "other": ""})
+        frozen = state.count >= num_steps
+        stop = lambda u, group: jnp.where(frozen, jnp.zeros_like(u), u) if group == "frozen" else u
+        return jax.tree.map(stop, updates, groups), FreezeState(optax.safe_increment(state.count))
+
+    return optax.GradientTransformation(lambda params: FreezeState(jnp.int32(0)), update)
+
+
+@dataclasses.dataclass(frozen=True)
+class Kilostep:
+    """Nesterov SGD whose numbers leave each other's effect alone (airbench.md, section 5).
+
+    Rate and decay are stated for 1,024 examples and for what momentum m makes of a constant gradient, which is
+    `1 + 1 / (1 - m)` times it: `lr / (1024 * (1 + 1 / (1 - m)))` is the rate for a summed loss. The schedule multiplies
+    the rate only, and the decay is inside the gradient, so it follows both rate and momentum.
+
+    Attributes:
+      lr: per 1,024 examples.
+      momentum: of Nesterov's velocity.
+      weight_decay: per 1,024 examples, whatever the rate.
+      bias_scale: multiplies the rate of the norms' biases, not their decay.
+      schedule: multiples of `lr` over the run.
+      whiten_bias_epochs: after so many epochs the whitening layer's bias is frozen; None for never.
+    """
+
+    lr: float = 11.5
+    momentum: float = 0.85
+    weight_decay: float = 0.0153
+    bias_scale: float = 64.0
+    schedule: Triangle = Triangle()
+    whiten_bias_epochs: int | None = 3
+
+    TUNABLE: ClassVar = ("lr", "momentum", "weight_decay", "bias_scale", "schedule")
+
+    def __post_init__(self):
+        if not (self.lr > 0 and 0 <= self.momentum < 1 and self.weight_decay >= 0 and self.bias_scale > 0):
+            raise ValueError(
+                f"optim has lr {self.lr}, momentum {self.momentum}, weight_decay {self.weight_decay} and bias_scale "
+                f"{self.bias_scale}; expected lr and bias_scale above 0, 0 <= momentum < 1, weight_decay >= 0"
+            )
+
+    def __call__(self, num_epochs: float, steps_per_epoch: int, batch_size: int) -> optax.GradientTransformation:
+        """The transformation for a run of `num_epochs` epochs; it takes the gradients of a mean loss."""
+        rate = self.lr / (1024 * (1 + 1 / (1 - self.momentum)))
+        schedule = self.schedule(count_steps(num_epochs, steps_per_epoch))
+        parts = [
+            optax.scale(batch_size),  # to the gradients of the summed loss
+            scale_biases(self.bias_scale, r"norm/bias$"),
+            optax.add_decayed_weights(self.weight_decay * batch_size / self.lr),
+            optax.trace(decay=self.momentum, nesterov=True),
+            scale_by_steps(lambda step: rate * schedule(step)),
+        ]
+        if self.whiten_bias_epochs is not None:
+            parts.append(freeze_after(r"whiten/bias$", self.whiten_bias_epochs * steps_per_epoch))
+        return optax.chain(*parts)
+
+
+def scale_by_steps(schedule: Schedule) -> optax.GradientTransformation:
+    """Multiplies by `-schedule(step)`, where the first update is step 0."""
+    return optax.scale_by_learning_rate(lambda count: schedule(count.astype(jnp.result_type(float))))

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import importlib
+import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -37,6 +38,7 @@ class RunOptions(NamedTuple):
     width: int | None
     dtype: str | None
     assignments: tuple[str, ...]
+    sweeps: tuple[str, ...]
     driver: Driver | None
     out: Path
     again: bool
@@ -55,6 +57,7 @@ def run_options(command: Callable) -> Callable:
         click.option("--again", is_flag=True, help="Also run what is on record as finished or diverged."),
         click.option("--out", type=folder, default="runs", show_default=True, help="Folder of the records."),
         click.option("--driver", type=click.Choice(("python", "scan")), help="The training loop; default by platform."),
+        click.option("--sweep", "sweeps", multiple=True, metavar="NAME=V,V", help="An arm for each value; repeats."),
         click.option("--set", "assignments", multiple=True, metavar="NAME=VALUE", help="A value of `show`; repeats."),
         click.option("--dtype", type=click.Choice(tuple(PRECISIONS)), help="The compute dtype; default by platform."),
         click.option("--width", type=int, help="Channels of the first layer; the others keep their ratios."),
@@ -66,6 +69,24 @@ def run_options(command: Callable) -> Callable:
     ):
         with_options = option(with_options)
     return with_options
+
+
+def variants(sweeps: Sequence[str]) -> list[tuple[str, ...]]:
+    """The assignments of each arm of a sweep: `a=1,2` and `b=3` are `("a=1", "b=3")` and `("a=2", "b=3")`.
+
+    Returns:
+      One empty tuple without sweeps.
+    """
+    axes = []
+    for text in sweeps:
+        name, equals, values = text.partition("=")
+        axes.append([f"{name}{equals}{value}" for value in values.split(",")])
+    return list(itertools.product(*axes))
+
+
+def arm_name(framework: str, name: str, assignments: Sequence[str] = ()) -> str:
+    """ "final", "torch:final", "final optim.peak_lr=0.8"."""
+    return " ".join((name if framework == "jax" else f"{framework}:{name}", *assignments))
 
 
 def parse_seeds(text: str) -> range:
@@ -127,12 +148,11 @@ def make_jobs(
         found = [discover.resolve((name,), invocation.folder) for _, name, _ in parsed]  # all, before data are loaded
         for (framework, _, _), experiments in zip(parsed, found, strict=True):
             twin = _torch_twin(invocation.folder) if framework == "torch" else None
-            for experiment in experiments:
-                arm = f"torch:{experiment.recipe.name}" if twin else experiment.recipe.name
+            for experiment, variant in itertools.product(experiments, variants(options.sweeps)):
+                arm = arm_name(framework, experiment.recipe.name, variant)
+                assignments = (*options.assignments, *variant)
                 with refusals(arm):
-                    recipe = change(
-                        experiment.recipe, options.assignments, options.epochs, options.width, options.dtype
-                    )
+                    recipe = change(experiment.recipe, assignments, options.epochs, options.width, options.dtype)
                 data = load_once(options.data or os.environ.get("FASTCIFAR_DATA") or experiment.data or "cifar10")
                 with refusals(arm):
                     check(recipe, len(data.info.classes), data.dataset)
@@ -140,7 +160,7 @@ def make_jobs(
                         twin.make_train(recipe, len(data.info.classes))
                 whole = data.info.source == "cifar10" and options.limit_train is None
                 as_published = whole and recipe == resolve_dtype(experiment.recipe)
-                jobs.setdefault(arm, Job(recipe, experiment.path, as_published, data, twin))
+                jobs.setdefault(arm, Job(arm, recipe, experiment.path, as_published, data, twin))
     return jobs, options.driver or conv.default_driver()
 
 

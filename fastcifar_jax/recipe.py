@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import difflib
 import hashlib
+import math
 import typing
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,8 +13,9 @@ from fastcifar_jax import conv
 from fastcifar_jax.augment import Augmentation, Choices, Crop, Cutout, Flip, PerExample
 from fastcifar_jax.evaluate import TTA, FlipTTA
 from fastcifar_jax.losses import CrossEntropy
-from fastcifar_jax.model import PRECISIONS, Network, ResNet9
+from fastcifar_jax.model import PRECISIONS, Network
 from fastcifar_jax.optim import Average, Nesterov, Optimizer
+from fastcifar_jax.resnet9 import ResNet9
 
 CIFAR10_MEAN = (125.31, 122.95, 113.87)  # of the training images, red green blue, 0..255
 CIFAR10_STD = (62.99, 62.09, 66.70)
@@ -25,10 +27,12 @@ class Published:
 
     Attributes:
       accuracy: mean test accuracy, as a fraction; None where the source states none.
-      seconds: training time on one V100; None where the source states none.
+      seconds: training time on one `device`; None where the source states none.
       runs: how many runs the mean is of; None where the source does not say.
       tta: whether the accuracy is with test-time augmentation.
       source: where it says so.
+      device: one accelerator.
+      petaflop: computation of a run, in 1e15 operations; None where the source states none.
     """
 
     accuracy: float | None = None
@@ -36,6 +40,8 @@ class Published:
     runs: int | None = None
     tta: bool = False
     source: str = ""
+    device: str = "V100"
+    petaflop: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +52,7 @@ class Recipe:
 
     Attributes:
       name: of the experiment; not part of the hash.
-      num_epochs: passes over the training images.
+      num_epochs: passes over the training images; of 9.9 the last ends after nine tenths of its steps.
       batch_size: images a step; an epoch's remainder is dropped.
       mean: of the pixels, per channel, 0..255.
       std: of the pixels, per channel, 0..255.
@@ -68,7 +74,7 @@ class Recipe:
     """
 
     name: str = "recipe"
-    num_epochs: int = 24
+    num_epochs: int | float = 24
     batch_size: int = 512
     mean: tuple[float, ...] = CIFAR10_MEAN
     std: tuple[float, ...] = CIFAR10_STD
@@ -85,7 +91,7 @@ class Recipe:
 
     def __post_init__(self):
         for field in ("num_epochs", "batch_size", "init_images"):
-            if getattr(self, field) < 1:
+            if not 1 <= getattr(self, field) < math.inf:
                 raise ValueError(f"{field} is {getattr(self, field)}; give a number >= 1")
         if self.compute_dtype not in ("auto", *PRECISIONS):
             raise ValueError(f"compute_dtype is {self.compute_dtype!r}; choose one of auto, {', '.join(PRECISIONS)}")
@@ -96,7 +102,7 @@ class Recipe:
                 f"a part of recipe {self.name!r} prints as an address, so a record could not say what it was: "
                 f"{self!r}; make it a frozen dataclass with __call__"
             )
-        self.optim(self.num_epochs, 1)  # a schedule that does not fit raises here
+        self.optim(self.num_epochs, 1, self.batch_size)  # a schedule that does not fit raises here
 
     @property
     def hash(self) -> str:

@@ -53,6 +53,9 @@ class Record:
       epochs: the epoch table; accuracies as fractions, not finite numbers as null in the file.
       result: accuracies as fractions, seconds and images per second; None unless finished. `train_seconds` counts
         the transfer of the data to the device, the setup and the epochs, but neither compiling nor evaluating.
+        Seeds that a device carried together count the elapsed seconds divided by their number.
+      strategy: what a device did with several seeds: "loop", "map" or "vmap".
+      mesh: devices along the axes seed and batch, "4x2".
     """
 
     experiment: str
@@ -73,6 +76,8 @@ class Record:
     started: str
     epochs: tuple[EpochInfo, ...]
     result: dict[str, float] | None
+    strategy: str = "loop"
+    mesh: str = "1x1"
 
 
 def path_of(out: Path, framework: str, experiment: str, recipe_hash: str, data_hash: str, seed: int) -> Path:
@@ -254,6 +259,8 @@ def _record(fields):
     if not isinstance(fields, dict):
         _fault(f"expected an object, got {type(fields).__name__}")
     annotated = {field.name: field.type for field in dataclasses.fields(Record)}
+    defaults = {field.name: field.default for field in dataclasses.fields(Record)}
+    fields = {**{name: x for name, x in defaults.items() if x is not dataclasses.MISSING}, **fields}
     if missing := sorted(annotated.keys() - fields.keys()):
         _fault(f"it lacks {', '.join(missing)}")
     for name, hint in annotated.items():

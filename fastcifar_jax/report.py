@@ -16,6 +16,7 @@ from rich.text import Text
 
 from fastcifar_jax.recipe import Published, Recipe, difference, flatten
 from fastcifar_jax.records import Record
+from fastcifar_jax.train import steps_of_epochs
 from fastcifar_jax.types import EpochInfo
 
 OnEpoch = Callable[[EpochInfo], None]
@@ -31,11 +32,11 @@ def make_console() -> Console:
 
 def ladder(recipes: Sequence[Recipe]) -> Table:
     """The recipes of one module and what their source reports for them."""
-    table = make_table("name", ("epochs", "right"), ("published", "right"), ("runs", "right"), ("V100", "right"))
+    table = make_table("name", ("epochs", "right"), ("published", "right"), ("runs", "right"), ("time", "right"))
     for recipe in recipes:
         published = recipe.published
         accuracy = "" if published.accuracy is None else f"{_percent(published.accuracy)}{' TTA' * published.tta}"
-        seconds = "" if published.seconds is None else f"{published.seconds:g} s"
+        seconds = "" if published.seconds is None else f"{published.seconds:g} s {published.device}"
         table.add_row(recipe.name, str(recipe.num_epochs), accuracy, str(published.runs or ""), seconds)
     return table
 
@@ -86,7 +87,7 @@ def published_line(recipe: Recipe) -> str:
         runs = f", mean of {published.runs} runs" if published.runs else ""
         parts.append(f"test {_percent(published.accuracy)}{' with TTA' * published.tta}{runs}")
     if published.seconds is not None:
-        parts.append(f"{published.seconds:g} s on one V100")
+        parts.append(f"{published.seconds:g} s on one {published.device}")
     return f"published for {recipe.name}: {', '.join(parts) or 'no figures'} ({published.source})"
 
 
@@ -97,14 +98,9 @@ def device_text(device: dict[str, Any]) -> str:
     return f"{device['count']} x {device['kind']}"
 
 
-def arm_name(record: Record) -> str:
-    """ "final" for JAX, "torch:final" for PyTorch."""
-    return record.experiment if record.framework == "jax" else f"{record.framework}:{record.experiment}"
-
-
-def seed_line(record: Record) -> str:
-    """The summary of one run."""
-    label = f"{arm_name(record)}, seed {record.seed}"
+def seed_line(arm: str, record: Record) -> str:
+    """The summary of one run of an arm."""
+    label = f"{arm}, seed {record.seed}"
     if record.status == "crashed":
         return f"{label}: crashed: {record.error}"
     if record.status == "diverged":
@@ -117,13 +113,13 @@ def seed_line(record: Record) -> str:
     )
 
 
-def seeds_line(records: Sequence[Record]) -> str:
-    """Mean and sample standard deviation over the finished runs of one recipe, at least two."""
+def seeds_line(arm: str, records: Sequence[Record]) -> str:
+    """Mean and sample standard deviation over the finished runs of one arm, at least two."""
     texts = []
     for label, name in (("test", "test_accuracy"), ("TTA", "tta_accuracy")):
         values = [record.result[name] for record in records]
         texts.append(f"{label} {_percent2(statistics.mean(values))}, s = {_percent2(statistics.stdev(values))}")
-    return f"{arm_name(records[0])}: n = {len(records)}; mean {'; '.join(texts)} (sample standard deviation)"
+    return f"{arm}: n = {len(records)}; mean {'; '.join(texts)} (sample standard deviation)"
 
 
 def counts_line(records: Sequence[Record], asked: int, skipped: int) -> str:
@@ -152,13 +148,15 @@ def watch(
     Yields:
       `on_epoch`, `on_step` and `on_compiled` of a training function.
     """
-    steps = num_train // recipe.batch_size
+    of_epochs = steps_of_epochs(recipe, num_train // recipe.batch_size)
     begins = "compiling" if compiles else "training"
 
     def print_row(info):
         if info.epoch == 1:
             console.print(Text(EPOCH_HEADER, style="bold"), soft_wrap=True)
-        console.print(epoch_row(info, steps * recipe.batch_size / info.train_seconds), soft_wrap=True)
+        console.print(
+            epoch_row(info, of_epochs[info.epoch - 1] * recipe.batch_size / info.train_seconds), soft_wrap=True
+        )
 
     if not console.is_terminal:
         console.print(f"{label}: {begins}", soft_wrap=True)
@@ -174,13 +172,13 @@ def watch(
             progress.update(
                 task,
                 description=f"{label}: epoch {epoch} of {recipe.num_epochs}",
-                total=recipe.num_epochs * steps,
-                completed=(epoch - 1) * steps + step,
+                total=sum(of_epochs),
+                completed=sum(of_epochs[: epoch - 1]) + step,
             )
 
         def on_epoch(info):
             print_row(info)
-            on_step(info.epoch, steps, None)
+            on_step(info.epoch, of_epochs[info.epoch - 1], None)
 
         yield (
             on_epoch,

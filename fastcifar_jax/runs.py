@@ -10,16 +10,23 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from rich.console import Console
 
-from fastcifar_jax import conv, records, report
+from fastcifar_jax import conv, hosts, records, report
 from fastcifar_jax.data import DataInfo, load
+from fastcifar_jax.mesh import Strategy
 from fastcifar_jax.recipe import Recipe, flatten
 from fastcifar_jax.records import Record, RecordError
-from fastcifar_jax.train import Diverged, Driver, make_train
-from fastcifar_jax.types import Dataset, RunResult
+from fastcifar_jax.seeds import make_train_seeds
+from fastcifar_jax.train import Diverged, Driver, Programs, make_train, steps_of_epochs
+from fastcifar_jax.types import Dataset, EpochInfo, RunResult
 
 Train = Callable[..., RunResult]  # (seed, on_epoch, on_step, on_compiled)
+
+
+class Refused(ValueError):
+    """Nothing was trained: a recipe that does not fit the mesh, or processes that disagree about what is to be run."""
 
 
 class LoadedData(NamedTuple):
@@ -33,6 +40,7 @@ class LoadedData(NamedTuple):
 class Job(NamedTuple):
     """One recipe with its data, and the framework that trains it."""
 
+    arm: str  # "final", "torch:final", "final optim.peak_lr=0.8"
     recipe: Recipe
     path: Path  # of the experiment's file
     as_published: bool  # the declared recipe on the data that the published figures are of
@@ -81,6 +89,7 @@ def make_runner(
     arguments: tuple[str, ...],
     *,
     again: bool = False,
+    compiled: dict[tuple, Programs] | None = None,
 ) -> Callable[[int], Record]:
     """The runs of one recipe, which compile once.
 
@@ -92,14 +101,147 @@ def make_runner(
       driver: of JAX's training loop.
       arguments: of the command, for the record.
       again: whether to run what is on record as well.
+      compiled: programs that the recipes of a sweep share.
 
     Returns:
       `run(seed)`: the record of that seed, which is on file when it returns. It raises RecordError for a record that
       cannot be written, and whatever a crashed run raised after its record is written. A diverged run is no exception.
     """
     recipe, info = job.recipe, job.data.info
-    train = _trainer(job, driver)
-    new = Record(
+    train = _trainer(job, driver, compiled)
+    new = _new_record(job, driver, arguments)
+    each_step = conv.waits_are_cheap()
+    compiles = True
+
+    def run(seed: int) -> Record:
+        nonlocal compiles
+        known = None if again else on_record(job, out, seed)
+        if known is not None:
+            _show_known(job, known, new, console)
+            ended.append(known)
+            return known
+        label = f"{job.arm}, seed {seed}"
+        with report.watch(console, label, recipe, info.train, compiles=compiles, each_step=each_step) as callbacks:
+            record, failure = _train_seed(dataclasses.replace(new, seed=seed), train, job.data, *callbacks)
+        compiles = False
+        try:
+            records.write(record, out, tta=recipe.published.tta)
+        except RecordError as error:
+            if failure is None:
+                raise
+            failure.add_note(str(error))
+        ended.append(record)
+        console.print(report.seed_line(job.arm, record), soft_wrap=True)
+        if failure is not None:
+            raise failure
+        return record
+
+    return run
+
+
+def run_together(
+    job: Job,
+    seeds: Iterable[int],
+    ended: list[Record],
+    console: Console,
+    out: Path,
+    driver: Driver,
+    arguments: tuple[str, ...],
+    *,
+    strategy: Strategy,
+    mesh: Mesh,
+    again: bool = False,
+    compiled: dict[tuple, Programs] | None = None,
+) -> None:
+    """Runs many seeds of one recipe side by side; the arguments are those of `make_runner` and of `make_train_seeds`.
+
+    With several processes all call this alike. Process 0 alone decides which seeds are on record, writes and prints.
+
+    Args:
+      job: what to run, in JAX.
+      seeds: of the runs.
+      ended: gets the record of each seed as it ends; on the other processes too, but without those on file.
+      console: where to show it.
+      out: folder of the records.
+      driver: of JAX's training loop.
+      arguments: of the command, for the record.
+      strategy: what a device does with several seeds.
+      mesh: from `make_mesh`.
+      again: whether to run what is on record as well.
+      compiled: programs that the recipes of a sweep share.
+
+    Raises:
+      RecordError: a record cannot be written.
+      Refused: nothing was trained.
+    """
+    shape = "x".join(str(size) for size in mesh.shape.values())
+    new = dataclasses.replace(_new_record(job, driver, arguments), strategy=strategy, mesh=shape)
+    seeds, writes = list(seeds), hosts.writes_records()
+    on_file = [None if again or not writes else on_record(job, out, seed) for seed in seeds]
+    for record in filter(None, on_file):
+        _show_known(job, record, new, console)
+        ended.append(record)
+    flags = hosts.from_process_0([int(record is None) for record in on_file])
+    todo = [seed for seed, flag in zip(seeds, flags, strict=True) if flag]
+    if not todo:
+        return
+    new = dataclasses.replace(new, started=_now())
+    rows = {seed: [] for seed in todo}
+    steps_per_epoch = job.data.info.train // job.recipe.batch_size
+
+    def end(record):
+        if writes:
+            records.write(record, out, tta=job.recipe.published.tta)
+        ended.append(record)
+        del rows[record.seed]
+        console.print(report.seed_line(job.arm, record), soft_wrap=True)
+
+    def on_seed(seed, outcome):
+        of_seed = dataclasses.replace(new, seed=seed)
+        diverged = isinstance(outcome, Diverged)
+        end(_diverged(of_seed, outcome) if diverged else _finished(of_seed, outcome, job.data))
+
+    def on_epoch(seed, row):
+        rows[seed].append(row)
+        num_images = steps_of_epochs(job.recipe, steps_per_epoch)[row.epoch - 1] * job.recipe.batch_size
+        rate = num_images / row.train_seconds
+        console.print(f"{report.epoch_row(row, rate)}   seed {seed}", soft_wrap=True)
+
+    console.print(f"{job.arm}, seeds {', '.join(map(str, todo))}: {strategy} on {shape} devices", soft_wrap=True)
+    num_classes = len(job.data.info.classes)
+    train = make_train_seeds(job.recipe, num_classes, strategy, mesh, driver, keep_states=False, compiled=compiled)
+    try:
+        train(todo, job.data.dataset, on_seed, on_epoch)
+    except RecordError:
+        raise
+    except Exception as error:
+        if isinstance(error, ValueError) and not any(rows.values()):
+            raise Refused(f"{job.arm}: {error}") from error
+        # Which seeds were under way is known only of those that have ended an epoch.
+        for seed in [seed for seed in rows if rows[seed]] or list(rows)[:1]:
+            try:
+                end(_crashed(dataclasses.replace(new, seed=seed), error, rows[seed]))
+            except RecordError as fault:
+                error.add_note(str(fault))
+        raise
+
+
+def run_in_turn(runners: dict[str, Callable[[int], Record]], seeds: Iterable[int]) -> dict[str, list[Record]]:
+    """The records of several recipes, seed by seed and with the order turned each time: A B, B A, A B, ...
+
+    A machine that slows down, or a driver that is updated overnight, then meets all of them alike.
+    """
+    ended = {name: [] for name in runners}
+    for i, seed in enumerate(seeds):
+        for name in list(runners)[:: 1 if i % 2 == 0 else -1]:
+            ended[name].append(runners[name](seed))
+    return ended
+
+
+def _new_record(job: Job, driver: Driver, arguments: tuple[str, ...]) -> Record:
+    """What is known of a run before it starts."""
+    recipe, info = job.recipe, job.data.info
+    return Record(
         experiment=recipe.name,
         framework=job.framework,
         recipe=flatten(recipe),
@@ -119,52 +261,12 @@ def make_runner(
         epochs=(),
         result=None,
     )
-    each_step = conv.waits_are_cheap()
-    compiles = True
-
-    def run(seed: int) -> Record:
-        nonlocal compiles
-        known = None if again else on_record(job, out, seed)
-        if known is not None:
-            other = "".join(f", by another {name}" for name in _made_otherwise(known, new))
-            console.print(f"{report.seed_line(known)} (on record{other}; --again repeats it)", soft_wrap=True)
-            ended.append(known)
-            return known
-        label = f"{report.arm_name(new)}, seed {seed}"
-        with report.watch(console, label, recipe, info.train, compiles=compiles, each_step=each_step) as callbacks:
-            record, failure = _train_seed(dataclasses.replace(new, seed=seed), train, job.data, *callbacks)
-        compiles = False
-        try:
-            records.write(record, out, tta=recipe.published.tta)
-        except RecordError as error:
-            if failure is None:
-                raise
-            failure.add_note(str(error))
-        ended.append(record)
-        console.print(report.seed_line(record), soft_wrap=True)
-        if failure is not None:
-            raise failure
-        return record
-
-    return run
 
 
-def run_in_turn(runners: dict[str, Callable[[int], Record]], seeds: Iterable[int]) -> dict[str, list[Record]]:
-    """The records of several recipes, seed by seed and with the order turned each time: A B, B A, A B, ...
-
-    A machine that slows down, or a driver that is updated overnight, then meets all of them alike.
-    """
-    ended = {name: [] for name in runners}
-    for i, seed in enumerate(seeds):
-        for name in list(runners)[:: 1 if i % 2 == 0 else -1]:
-            ended[name].append(runners[name](seed))
-    return ended
-
-
-def _trainer(job: Job, driver: Driver) -> Train:
+def _trainer(job: Job, driver: Driver, compiled: dict[tuple, Programs] | None) -> Train:
     num_classes = len(job.data.info.classes)
     if job.twin is None:
-        train = make_train(job.recipe, num_classes, driver)
+        train = make_train(job.recipe, num_classes, driver, compiled)
         return lambda seed, *callbacks: train(jax.random.key(seed), job.data.dataset, *callbacks)
     train = job.twin.make_train(job.recipe, num_classes)
     arrays = Dataset(*(np.asarray(array) for array in job.data.dataset))
@@ -173,8 +275,13 @@ def _trainer(job: Job, driver: Driver) -> Train:
 
 def _made_otherwise(known: Record, new: Record) -> list[str]:
     """What differs in the making of two records of one run."""
-    fields = {"source code": "source_hash", "device": "device", "driver": "driver"}
+    fields = {"source code": "source_hash"} | {name: name for name in ("device", "driver", "strategy", "mesh")}
     return [text for text, name in fields.items() if getattr(known, name) != getattr(new, name)]
+
+
+def _show_known(job: Job, known: Record, new: Record, console: Console) -> None:
+    other = "".join(f", by another {name}" for name in _made_otherwise(known, new))
+    console.print(f"{report.seed_line(job.arm, known)} (on record{other}; --again repeats it)", soft_wrap=True)
 
 
 def _train_seed(
@@ -192,14 +299,30 @@ def _train_seed(
         rows.append(row)
         on_epoch(row)
 
-    new = dataclasses.replace(new, started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
+    new = dataclasses.replace(new, started=_now())
     try:
         run = train(new.seed, on_epoch_kept, on_step, on_compiled)
     except Diverged as error:
-        return dataclasses.replace(new, status="diverged", error=str(error), epochs=error.epochs), None
+        return _diverged(new, error), None
     except Exception as error:
-        message = f"{type(error).__name__}: {error}"
-        return dataclasses.replace(new, status="crashed", error=message, epochs=tuple(rows)), error
+        return _crashed(new, error, rows), error
+    return _finished(new, run, data), None
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _diverged(new: Record, error: Diverged) -> Record:
+    return dataclasses.replace(new, status="diverged", error=str(error), epochs=error.epochs)
+
+
+def _crashed(new: Record, error: Exception, rows: Iterable[EpochInfo]) -> Record:
+    message = f"{type(error).__name__}: {error}"
+    return dataclasses.replace(new, status="crashed", error=message, epochs=tuple(rows))
+
+
+def _finished(new: Record, run: RunResult, data: LoadedData) -> Record:
     result = {
         "test_accuracy": run.epochs[-1].test_accuracy,
         "tta_accuracy": run.epochs[-1].tta_accuracy,
@@ -209,4 +332,4 @@ def _train_seed(
         "compile_seconds": run.compile_seconds,
         "images_per_second": run.images_per_second,
     }
-    return dataclasses.replace(new, status="finished", epochs=run.epochs, result=result), None
+    return dataclasses.replace(new, status="finished", epochs=run.epochs, result=result)

@@ -1,8 +1,11 @@
 """Learning rates as functions of time, where time is counted in epochs."""
 
 import dataclasses
+import math
 from collections.abc import Callable
+from typing import ClassVar
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -13,7 +16,7 @@ def piecewise_linear(knots: tuple[float, ...], values: tuple[float, ...]) -> Sch
     """Linear interpolation through `(knot, value)` pairs, constant outside them.
 
     Args:
-      knots: strictly increasing times, in epochs.
+      knots: strictly increasing times, in epochs; traced ones are not checked.
       values: one value a knot.
 
     Raises:
@@ -21,7 +24,8 @@ def piecewise_linear(knots: tuple[float, ...], values: tuple[float, ...]) -> Sch
     """
     if len(knots) != len(values) or len(knots) < 2:
         raise ValueError(f"{len(knots)} knots and {len(values)} values; give the same number of each, at least two")
-    if any(a >= b for a, b in zip(knots, knots[1:], strict=False)):
+    traced = any(isinstance(knot, jax.core.Tracer) for knot in knots)
+    if not traced and any(a >= b for a, b in zip(knots, knots[1:], strict=False)):
         shown = ", ".join(f"{knot:g}" for knot in knots)
         raise ValueError(f"schedule knots {shown} (in epochs) must increase; train for more epochs or move the knots")
 
@@ -48,6 +52,8 @@ class WarmupDecay:
     end: float = 0.0
     flat_epochs: float = 0.0
 
+    TUNABLE: ClassVar = ("warmup", "end", "flat_epochs")
+
     def __post_init__(self):
         if not 0 < self.warmup < 1:
             raise ValueError(f"schedule.warmup is {self.warmup}; give the share of the run, between 0 and 1")
@@ -65,3 +71,41 @@ class WarmupDecay:
           ValueError: a run so short that the last knot would come before the peak.
         """
         return piecewise_linear(self.knots(num_epochs), (0.0, 1.0, self.end))
+
+
+def count_steps(num_epochs: float, steps_per_epoch: int) -> int:
+    """Steps of a run of `num_epochs` epochs, the last of which may be a part of one; rounded up."""
+    return math.ceil(round(num_epochs * steps_per_epoch, 6))  # 48 * 9.9 is 475.20000000000005
+
+
+@dataclasses.dataclass(frozen=True)
+class Triangle:
+    """Up from `start` to 1, then down to `end`, over the steps of a run (airbench.md, section 5).
+
+    Counted in steps from 0, and the value `end` belongs to the step after the last.
+
+    Attributes:
+      start: value at the first step, as a share of the peak.
+      peak: share of the run's steps before the peak, rounded down to a step; 0 for none.
+      end: value that the way down leads to.
+    """
+
+    start: float = 0.2
+    peak: float = 0.23
+    end: float = 0.07
+
+    TUNABLE: ClassVar = ("start", "end")
+
+    def __post_init__(self):
+        if not (0 <= self.peak < 1 and self.start >= 0 and self.end >= 0):
+            raise ValueError(
+                f"Triangle has start {self.start}, peak {self.peak}, end {self.end}; expected 0 <= peak < 1, and "
+                "start and end >= 0"
+            )
+
+    def __call__(self, num_steps: int) -> Schedule:
+        """The schedule of a run, as a function of the number of steps before."""
+        peak = int(self.peak * num_steps)
+        if peak == 0:
+            return piecewise_linear((0.0, float(num_steps)), (1.0, self.end))
+        return piecewise_linear((0.0, float(peak), float(num_steps)), (self.start, 1.0, self.end))

@@ -28,7 +28,9 @@ from fastcifar_jax.conv import Driver, default_driver
 from fastcifar_jax.hosts import gather, place, require_agreement, to_host
 from fastcifar_jax.mesh import Strategy, compile_for_mesh, make_mesh, raw_keys, spread_over
 from fastcifar_jax.recipe import Recipe, resolve_dtype
-from fastcifar_jax.train import Diverged, Programs, make_train
+from fastcifar_jax.schedules import count_steps
+from fastcifar_jax.train import Diverged, Programs, make_train, steps_of_epochs
+from fastcifar_jax.tunable import program_key, tunable
 from fastcifar_jax.types import Dataset, EpochInfo, RunResult
 
 Outcome = RunResult | Diverged
@@ -42,6 +44,7 @@ def make_train_seeds(
     driver: Driver | None = None,
     at_once: int | None = None,
     keep_states: bool = True,
+    compiled: dict[tuple, Programs] | None = None,
 ) -> Callable[..., list[Outcome]]:
     """The runs of many seeds as a function of the seeds and a data set; compiled once for all of them.
 
@@ -55,6 +58,7 @@ def make_train_seeds(
       driver: "python" calls a compiled step, "scan" a compiled epoch; None picks by platform.
       at_once: seeds that a device carries together under "map" and "vmap"; None for all.
       keep_states: False leaves None in `RunResult.state`, for more seeds than states find room.
+      compiled: programs to use and to add to, shared by the recipes of a sweep; None keeps them for this one alone.
 
     Returns:
       `train_seeds(seeds, dataset, on_seed=None, on_epoch=None, on_compiled=None) -> outcomes`, in the order of the
@@ -77,11 +81,11 @@ def make_train_seeds(
         raise ValueError(f"at_once is {at_once}; give a number of seeds >= 1, or None for all")
     driver = driver or default_driver()
     if mesh is None and strategy == "loop":
-        return _make_loop(recipe, num_classes, driver, keep_states)
+        return _make_loop(recipe, num_classes, driver, keep_states, compiled)
     mesh = make_mesh(1, 1) if mesh is None else mesh
     if strategy == "loop" and mesh.shape["batch"] == 1:
         return _make_loops(recipe, num_classes, mesh, driver, keep_states)
-    compiled: dict[tuple, Programs] = {}
+    compiled = {} if compiled is None else compiled
 
     def train_seeds(
         seeds: Sequence[int],
@@ -98,11 +102,12 @@ def make_train_seeds(
         outcomes = []
         for start in range(0, len(seeds), rows * each):
             group = seeds[start : start + rows * each]
-            shapes = (each, *((a.shape, str(a.dtype)) for a in dataset))
+            shapes = tuple((a.shape, str(a.dtype)) for a in dataset)
+            program = (program_key(recipe), num_classes, driver, strategy, mesh, each, shapes)
             compile_seconds = 0.0
-            if shapes not in compiled:
+            if program not in compiled:
                 began = time.perf_counter()
-                compiled[shapes] = compile_for_mesh(recipe, num_classes, dataset, driver, strategy, mesh, each)
+                compiled[program] = compile_for_mesh(recipe, num_classes, dataset, driver, strategy, mesh, each)
                 compile_seconds = time.perf_counter() - began
             if on_compiled is not None:
                 on_compiled(compile_seconds)
@@ -110,7 +115,7 @@ def make_train_seeds(
             padded = group + group[-1:] * (rows * each - len(group))
             keys = raw_keys(padded, mesh)
             outcomes += _train_group(
-                recipe, compiled[shapes], group, keys, dataset, each, compile_seconds, keep_states, on_seed, on_epoch
+                recipe, compiled[program], group, keys, dataset, each, compile_seconds, keep_states, on_seed, on_epoch
             )
         return outcomes
 
@@ -121,8 +126,8 @@ def _lean(outcome: Outcome, keep_states: bool) -> Outcome:
     return outcome if keep_states or isinstance(outcome, Diverged) else outcome._replace(state=None)
 
 
-def _make_loop(recipe, num_classes, driver, keep_states):
-    train = make_train(recipe, num_classes, driver)
+def _make_loop(recipe, num_classes, driver, keep_states, compiled):
+    train = make_train(recipe, num_classes, driver, compiled)
 
     def train_seeds(seeds, dataset, on_seed=None, on_epoch=None, on_compiled=None):
         seeds = list(seeds)
@@ -256,7 +261,7 @@ def _train_group(recipe, programs, seeds, keys, dataset, each, compile_seconds, 
     start = time.perf_counter()
     state = jax.block_until_ready(programs.init(keys, dataset))
     setup_seconds = (time.perf_counter() - start) / each
-    num_images = programs.steps_per_epoch * recipe.batch_size
+    values = tunable(recipe)
     rows: list[list[EpochInfo]] = [[] for _ in seeds]
     outcomes: list[Outcome | None] = [None] * len(seeds)
 
@@ -265,17 +270,17 @@ def _train_group(recipe, programs, seeds, keys, dataset, each, compile_seconds, 
         if on_seed is not None:
             on_seed(seeds[i], outcome)
 
-    for epoch in range(1, recipe.num_epochs + 1):
+    for epoch, num_steps in enumerate(steps_of_epochs(recipe, programs.steps_per_epoch), start=1):
         start = time.perf_counter()
         plan = programs.plan(keys, np.int32(epoch), dataset)
-        state, totals = jax.block_until_ready(programs.train_epoch(state, dataset, plan, None))
+        state, totals = jax.block_until_ready(programs.train_epoch(values, state, dataset, plan, num_steps, None))
         seconds = (time.perf_counter() - start) / each
         state = programs.enter_evaluation(state, epoch)
-        totals, test = to_host((totals, programs.evaluate(state, dataset)))
+        totals, test = to_host((totals, programs.evaluate(values, state, dataset)))
         for i, seed in enumerate(seeds):
             if outcomes[i] is not None:
                 continue
-            loss, accuracy = (x[i].item() / num_images for x in totals)
+            loss, accuracy = (x[i].item() / (num_steps * recipe.batch_size) for x in totals)
             row = EpochInfo(epoch, seconds, loss, accuracy, *(x[i].item() / len(dataset.test_labels) for x in test))
             rows[i].append(row)
             if not (math.isfinite(loss) and math.isfinite(row.test_loss)):
@@ -285,10 +290,11 @@ def _train_group(recipe, programs, seeds, keys, dataset, each, compile_seconds, 
         if None not in outcomes:  # all diverged
             return outcomes
 
+    num_images = count_steps(recipe.num_epochs, programs.steps_per_epoch) * recipe.batch_size
     states = to_host(state) if keep_states else None
     for i in range(len(seeds)):
         if outcomes[i] is None:
-            rate = num_images * len(rows[i]) / sum(row.train_seconds for row in rows[i])
+            rate = num_images / sum(row.train_seconds for row in rows[i])
             one = jax.tree.map(lambda x, i=i: x[i], states)
             end(i, RunResult(one, tuple(rows[i]), setup_seconds, compile_seconds if i == 0 else 0.0, rate))
     return outcomes

@@ -14,14 +14,16 @@ import optax
 from jax import lax
 from jaxtyping import Array, Int, PRNGKeyArray
 
-from fastcifar_jax.augment import EpochPlan, augment, normalize
+from fastcifar_jax.augment import EpochPlan, augment, normalize, plan_epoch
 from fastcifar_jax.conv import Driver, compiler_options, default_driver
 from fastcifar_jax.evaluate import evaluate
 from fastcifar_jax.losses import num_correct
 from fastcifar_jax.model import Model
 from fastcifar_jax.norm import share_of_batch
-from fastcifar_jax.optim import Average
+from fastcifar_jax.optim import Average, Progress
 from fastcifar_jax.recipe import Recipe, resolve_dtype
+from fastcifar_jax.schedules import count_steps
+from fastcifar_jax.tunable import Values, program_key, tunable, with_tunable
 from fastcifar_jax.types import Batch, Dataset, EpochInfo, Evaluation, RunResult, StepInfo, TrainState
 
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, StepInfo]]
@@ -50,7 +52,7 @@ class Functions(NamedTuple):
     plan: Callable[[PRNGKeyArray, Int[Array, ""], Dataset], EpochPlan]  # (key of the run, epoch, dataset)
     train_step: TrainStep
     train_batch: Callable[[TrainState, StepInfo, Dataset, EpochPlan, Int[Array, ""]], tuple[TrainState, StepInfo]]
-    train_epoch: Callable[[TrainState, Dataset, EpochPlan], tuple[TrainState, StepInfo]]
+    train_epoch: Callable[[TrainState, Dataset, EpochPlan, Int[Array, ""]], tuple[TrainState, StepInfo]]  # ..., steps
     enter_evaluation: Callable[[TrainState, int], TrainState]  # (state, epoch), 1-based
     evaluate: Callable[[TrainState, Dataset], Evaluation]
 
@@ -61,6 +63,7 @@ def make_train_step(
     tx: optax.GradientTransformation,
     average: Average | None,
     steps_per_epoch: int,
+    num_steps: int,
     axis_name: str | None = None,
 ) -> TrainStep:
     """One optimiser step as a pure function `(state, batch) -> (state, info)`.
@@ -73,7 +76,8 @@ def make_train_step(
       loss: per example.
       tx: receives the gradient of the mean loss.
       average: updated after the weights; None for none.
-      steps_per_epoch: the average counts batches from the start of each epoch.
+      steps_per_epoch: for the average, with the next.
+      num_steps: of the whole run.
       axis_name: mesh axis whose devices each have an equal share of the batch; the sums are taken over all of them,
         so that every device makes the same step. None for the whole batch here.
     """
@@ -95,7 +99,9 @@ def make_train_step(
         averaged = state.average
         if average is not None:
             variables = {"params": params, "batch_stats": batch_stats}
-            averaged = average.update(averaged, variables, state.step % steps_per_epoch)
+            progress = Progress(state.step + 1, state.step % steps_per_epoch, num_steps)
+            averaged, variables = average.update(averaged, variables, progress)
+            params, batch_stats = variables["params"], variables["batch_stats"]
         state = TrainState(state.step + 1, params, state.frozen, batch_stats, opt_state, averaged)
         return state, StepInfo(total, correct)
 
@@ -131,8 +137,9 @@ def make_functions(recipe: Recipe, num_classes: int, num_train: int, axis_name: 
         if model.split is None:
             raise ValueError(f"the network of {recipe.name!r} has no `split`; give it one, or run on one device a seed")
         model = model.split(axis_name)
-    tx = recipe.optim(recipe.num_epochs, steps_per_epoch)
-    train_step = make_train_step(model, recipe.loss, tx, recipe.average, steps_per_epoch, axis_name)
+    tx = recipe.optim(recipe.num_epochs, steps_per_epoch, batch_size)
+    num_steps = count_steps(recipe.num_epochs, steps_per_epoch)
+    train_step = make_train_step(model, recipe.loss, tx, recipe.average, steps_per_epoch, num_steps, axis_name)
     # float16 images are normalised in float16, as in the original; bfloat16 would lose two bits of the pixels.
     image_dtype = {"float16": jnp.float16, "float64": jnp.float64}.get(recipe.compute_dtype, jnp.float32)
     as_images = functools.partial(normalize, mean=recipe.mean, std=recipe.std, dtype=image_dtype)
@@ -146,7 +153,7 @@ def make_functions(recipe: Recipe, num_classes: int, num_train: int, axis_name: 
 
     def plan(key, epoch, dataset):
         num_images, height, width, _ = dataset.train_images.shape
-        return recipe.choices(jax.random.fold_in(key, epoch), recipe.augmentations, num_images, height, width)
+        return plan_epoch(key, epoch, recipe.choices, recipe.augmentations, num_images, height, width)
 
     def train_batch(state, totals, dataset, plan, index):
         ids = lax.dynamic_slice(plan.order, (index * batch_size,), (batch_size,))
@@ -157,12 +164,10 @@ def make_functions(recipe: Recipe, num_classes: int, num_train: int, axis_name: 
         state, info = train_step(state, Batch(images, dataset.train_labels[ids]))
         return state, jax.tree.map(jnp.add, totals, info)
 
-    def train_epoch(state, dataset, plan):
-        def body(carry, index):
-            return train_batch(*carry, dataset, plan, index), None
-
-        carry, _ = lax.scan(body, (state, zero_totals(recipe)), jnp.arange(steps_per_epoch))
-        return carry
+    def train_epoch(state, dataset, plan, num_steps):
+        # The number is traced: the last epoch of a recipe may be a part of one, and must not be compiled again.
+        step = lambda index, carry: train_batch(*carry, dataset, plan, index)
+        return lax.fori_loop(jnp.int32(0), num_steps, step, (state, zero_totals(recipe)))
 
     def enter_evaluation(state, epoch):
         # The network itself leaves training mode after every epoch, its average once and for good after the first.
@@ -226,15 +231,48 @@ def check(recipe: Recipe, num_classes: int, dataset: Dataset) -> None:
     jax.eval_shape(functions.evaluate, shapes.state, dataset)
 
 
+def steps_of_epochs(recipe: Recipe, steps_per_epoch: int) -> list[int]:
+    """How many steps each epoch of a run has: all but the last `steps_per_epoch`."""
+    num_steps = count_steps(recipe.num_epochs, steps_per_epoch)
+    return [min(steps_per_epoch, num_steps - done) for done in range(0, num_steps, steps_per_epoch)]
+
+
 class Programs(NamedTuple):
-    """A recipe's functions compiled for one data set's shapes."""
+    """A recipe's functions compiled for one data set's shapes, and for all recipes with the same `program_key`.
+
+    `values` are the `tunable` numbers of the recipe that is run.
+    """
 
     init: Callable[[PRNGKeyArray, Dataset], TrainState]
     plan: Callable[[PRNGKeyArray, Int[Array, ""], Dataset], EpochPlan]
-    train_epoch: Callable[..., tuple[TrainState, StepInfo]]  # (state, dataset, plan, on_step)
+    train_epoch: Callable[..., tuple[TrainState, StepInfo]]  # (values, state, dataset, plan, num_steps, on_step)
     enter_evaluation: Callable[[TrainState, int], TrainState]
-    evaluate: Callable[[TrainState, Dataset], Evaluation]
+    evaluate: Callable[[Values, TrainState, Dataset], Evaluation]
     steps_per_epoch: int
+
+
+def with_values(recipe: Recipe, num_classes: int, num_train: int, axis_name: str | None = None) -> Callable:
+    """The functions of `make_functions` as functions of the recipe's tunable numbers too.
+
+    Args:
+      recipe: as for `make_functions`, with the other arguments.
+      num_classes: size of the logits.
+      num_train: number of training images.
+      axis_name: mesh axis whose devices each train on a share of every batch.
+
+    Returns:
+      `function(name)`: the function of that name, with `values` before its own arguments.
+    """
+    recipe = resolve_dtype(recipe)
+
+    def function(name):
+        def call(values, *args):
+            functions = make_functions(with_tunable(recipe, values), num_classes, num_train, axis_name)
+            return getattr(functions, name)(*args)
+
+        return call
+
+    return function
 
 
 def compile_programs(recipe: Recipe, num_classes: int, dataset: Dataset, driver: Driver) -> Programs:
@@ -252,23 +290,25 @@ def compile_programs(recipe: Recipe, num_classes: int, dataset: Dataset, driver:
     functions = make_functions(recipe, num_classes, len(dataset.train_labels))
     steps_per_epoch = len(dataset.train_labels) // recipe.batch_size
     key, index, state, totals, plan = shapes_of(functions, recipe, dataset)
+    values, function = tunable(recipe), with_values(recipe, num_classes, len(dataset.train_labels))
     options = compiler_options()
 
     if driver == "scan":
-        program = jax.jit(functions.train_epoch, donate_argnums=0).lower(state, dataset, plan).compile(options)
+        epoch = jax.jit(function("train_epoch"), donate_argnums=1)
+        program = epoch.lower(values, state, dataset, plan, index).compile(options)
 
-        def train_epoch(state, dataset, plan, on_step):
+        def train_epoch(values, state, dataset, plan, num_steps, on_step):
             del on_step  # nothing is seen from outside before the epoch ends
-            return program(state, dataset, plan)
+            return program(values, state, dataset, plan, np.int32(num_steps))
 
     else:
-        step = jax.jit(functions.train_batch, donate_argnums=(0, 1))
-        program = step.lower(state, totals, dataset, plan, index).compile(options)
+        step = jax.jit(function("train_batch"), donate_argnums=(1, 2))
+        program = step.lower(values, state, totals, dataset, plan, index).compile(options)
 
-        def train_epoch(state, dataset, plan, on_step):
+        def train_epoch(values, state, dataset, plan, num_steps, on_step):
             totals = zero_totals(recipe)
-            for i in range(steps_per_epoch):
-                state, totals = program(state, totals, dataset, plan, np.int32(i))
+            for i in range(num_steps):
+                state, totals = program(values, state, totals, dataset, plan, np.int32(i))
                 if on_step is not None:
                     on_step(i + 1, jax.block_until_ready(totals))
             return state, totals
@@ -278,12 +318,14 @@ def compile_programs(recipe: Recipe, num_classes: int, dataset: Dataset, driver:
         plan=jax.jit(functions.plan).lower(key, index, dataset).compile(),
         train_epoch=train_epoch,
         enter_evaluation=functions.enter_evaluation,
-        evaluate=jax.jit(functions.evaluate).lower(state, dataset).compile(),
+        evaluate=jax.jit(function("evaluate")).lower(values, state, dataset).compile(),
         steps_per_epoch=steps_per_epoch,
     )
 
 
-def make_train(recipe: Recipe, num_classes: int, driver: Driver | None = None) -> Callable[..., RunResult]:
+def make_train(
+    recipe: Recipe, num_classes: int, driver: Driver | None = None, compiled: dict[tuple, Programs] | None = None
+) -> Callable[..., RunResult]:
     """The run of a recipe as a function of a key and a data set.
 
     Same key, recipe, data and kind of device: bitwise the same numbers.
@@ -292,6 +334,7 @@ def make_train(recipe: Recipe, num_classes: int, driver: Driver | None = None) -
       recipe: what to run.
       num_classes: size of the logits.
       driver: "python" calls a compiled step, "scan" a compiled epoch; None picks by platform.
+      compiled: programs to use and to add to, shared by the recipes of a sweep; None keeps them for this one alone.
 
     Returns:
       `train(key, dataset, on_epoch=None, on_step=None, on_compiled=None) -> RunResult`. `on_epoch` is called with
@@ -301,7 +344,8 @@ def make_train(recipe: Recipe, num_classes: int, driver: Driver | None = None) -
       not finite, and ValueError for a recipe that does not fit the data.
     """
     driver = driver or default_driver()
-    compiled: dict[tuple, Programs] = {}
+    compiled = {} if compiled is None else compiled
+    values = tunable(recipe)
 
     def train(
         key: PRNGKeyArray,
@@ -310,13 +354,13 @@ def make_train(recipe: Recipe, num_classes: int, driver: Driver | None = None) -
         on_step: Callable[[int, int, StepInfo], None] | None = None,
         on_compiled: Callable[[float], None] | None = None,
     ) -> RunResult:
-        shapes = tuple((a.shape, str(a.dtype)) for a in dataset)
+        key_of_program = (program_key(recipe), num_classes, driver, *((a.shape, str(a.dtype)) for a in dataset))
         compile_seconds = 0.0
-        if shapes not in compiled:
+        if key_of_program not in compiled:
             start = time.perf_counter()
-            compiled[shapes] = compile_programs(recipe, num_classes, dataset, driver)
+            compiled[key_of_program] = compile_programs(recipe, num_classes, dataset, driver)
             compile_seconds = time.perf_counter() - start
-        programs = compiled[shapes]
+        programs = compiled[key_of_program]
         if on_compiled is not None:
             on_compiled(compile_seconds)
 
@@ -326,22 +370,23 @@ def make_train(recipe: Recipe, num_classes: int, driver: Driver | None = None) -
         setup_seconds = time.perf_counter() - start
 
         epochs: list[EpochInfo] = []
-        num_images = programs.steps_per_epoch * recipe.batch_size
-        for epoch in range(1, recipe.num_epochs + 1):
+        for epoch, num_steps in enumerate(steps_of_epochs(recipe, programs.steps_per_epoch), start=1):
             start = time.perf_counter()
             plan = programs.plan(key_data, np.int32(epoch), dataset)
             step_seen = None if on_step is None else functools.partial(on_step, epoch)
-            state, totals = jax.block_until_ready(programs.train_epoch(state, dataset, plan, step_seen))
+            trained = programs.train_epoch(values, state, dataset, plan, num_steps, step_seen)
+            state, totals = jax.block_until_ready(trained)
             seconds = time.perf_counter() - start
             state = programs.enter_evaluation(state, epoch)
-            loss, accuracy = (x.item() / num_images for x in totals)
-            test = [x.item() / len(dataset.test_labels) for x in programs.evaluate(state, dataset)]
+            loss, accuracy = (x.item() / (num_steps * recipe.batch_size) for x in totals)
+            test = [x.item() / len(dataset.test_labels) for x in programs.evaluate(values, state, dataset)]
             epochs.append(EpochInfo(epoch, seconds, loss, accuracy, *test))
             if not (math.isfinite(loss) and math.isfinite(epochs[-1].test_loss)):
                 raise Diverged(recipe.name, tuple(epochs))
             if on_epoch is not None:
                 on_epoch(epochs[-1])
-        rate = num_images * len(epochs) / sum(info.train_seconds for info in epochs)
+        num_images = count_steps(recipe.num_epochs, programs.steps_per_epoch) * recipe.batch_size
+        rate = num_images / sum(info.train_seconds for info in epochs)
         return RunResult(state, tuple(epochs), setup_seconds, compile_seconds, rate)
 
     return train

@@ -52,7 +52,7 @@ def fake_make_train(accuracy, raises, trained):
       trained: gets `(recipe name, seed)` of each run.
     """
 
-    def make_train(recipe, num_classes, driver):
+    def make_train(recipe, num_classes, driver, compiled):
         def train(key, dataset, on_epoch, on_step, on_compiled):
             seed = int(key._base_array[1])
             trained.append((recipe.name, seed))

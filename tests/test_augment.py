@@ -4,7 +4,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fastcifar_jax.augment import Crop, Cutout, Flip, PerExample, ShuffledGroups, augment, normalize
+from fastcifar_jax.augment import (
+    AlternatingFlip,
+    Crop,
+    Cutout,
+    Flip,
+    PerExample,
+    ShuffledGroups,
+    augment,
+    normalize,
+    plan_epoch,
+)  # fmt: skip
 
 ALL = (Crop(4), Flip(), Cutout(8))
 
@@ -167,3 +177,20 @@ def test_options_stay_int32_in_64_bit_mode(augmentation):
         image = jnp.arange(8 * 8 * 3, dtype=jnp.float64).reshape(8, 8, 3)
         found = jax.jit(augmentation)(image, option)
         assert found.dtype == image.dtype and found.shape == image.shape
+
+
+def test_alternating_flip_shows_every_image_both_ways(key):
+    """Within each pair of epochs; the half that begins is the same in all of them, whatever the epoch draws."""
+    plan = lambda epoch: plan_epoch(key, jnp.int32(epoch), PerExample(), (Crop(2), AlternatingFlip()), 1000, 8, 8)
+    plans = [plan(epoch) for epoch in (1, 2, 3, 4)]
+    flips = [np.asarray(plan.choices[1]) for plan in plans]
+    assert set(flips[0].tolist()) == {0, 1} and 400 < flips[0].sum() < 600
+    np.testing.assert_array_equal(flips[0] + flips[1], np.ones(1000))
+    np.testing.assert_array_equal(flips[0], flips[2])
+    np.testing.assert_array_equal(flips[1], flips[3])
+    assert not np.array_equal(plans[0].choices[0], plans[2].choices[0])  # crops are drawn anew
+
+
+def test_two_alternating_flips_are_drawn_apart(key):
+    plan = plan_epoch(key, jnp.int32(1), PerExample(), (AlternatingFlip(), AlternatingFlip()), 100, 8, 8)
+    assert not np.array_equal(*plan.choices)

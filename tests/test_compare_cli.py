@@ -122,7 +122,7 @@ def test_torch_arms_are_kept_apart(arms, call, monkeypatch):
 
         @staticmethod
         def make_train(recipe, num_classes):
-            train = fake_make_train(lambda recipe, seed: 0.9 + NOISE[seed], {}, arms)(recipe, num_classes, None)
+            train = fake_make_train(lambda recipe, seed: 0.9 + NOISE[seed], {}, arms)(recipe, num_classes, None, None)
             return lambda seed, dataset, *callbacks: train(records_key(seed), dataset, *callbacks)
 
     def records_key(seed):

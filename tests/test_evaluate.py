@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fastcifar_jax.evaluate import FlipTTA, NoTTA, evaluate
+from fastcifar_jax.evaluate import FlipTTA, NoTTA, SixViewTTA, evaluate
 from fastcifar_jax.losses import CrossEntropy
 
 MEAN, STD = (100.0, 110.0, 120.0), (50.0, 60.0, 70.0)
@@ -50,3 +50,19 @@ def test_flip_averages_logits_and_is_blind_to_mirroring():
 def test_no_tta():
     images = jnp.ones((2, 8, 8, 3))
     chex.assert_trees_all_equal(NoTTA()(linear_predict, images), linear_predict(images))
+
+
+def test_six_views(key):
+    """Against views cut out by hand; a predictor that gives away which pixels it saw."""
+    images = jax.random.normal(key, (3, 6, 5, 2))
+    weights = jax.random.normal(jax.random.fold_in(key, 1), (6, 5, 2, 4))
+    predict = lambda x: jnp.einsum("nhwc,hwck->nk", x, weights)
+    rows = {-1: [1, 0, 1, 2, 3, 4], 0: list(range(6)), 1: [1, 2, 3, 4, 5, 4]}  # reflected, the edge not repeated
+    columns = {-1: [1, 0, 1, 2, 3], 0: list(range(5)), 1: [1, 2, 3, 4, 3]}
+    expected = 0
+    for shift, weight in ((0, 0.25), (-1, 0.125), (1, 0.125)):
+        view = images[:, rows[shift]][:, :, columns[shift]]
+        expected += weight * (predict(view) + predict(view[:, :, ::-1]))
+    np.testing.assert_allclose(SixViewTTA()(predict, images), expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="shift 0"):
+        SixViewTTA(shift=0)

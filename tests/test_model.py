@@ -6,8 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fastcifar_jax.activations import Celu, Relu
 from fastcifar_jax.conv import conv
-from fastcifar_jax.model import Celu, Norm, Relu, ResNet9
+from fastcifar_jax.model import Norm
+from fastcifar_jax.resnet9 import ResNet9
 
 BASELINE = ResNet9()
 FINAL = ResNet9(

@@ -5,7 +5,7 @@ import numpy as np
 import optax
 import pytest
 
-from fastcifar_jax.optim import Ema, Nesterov, label_by_path, nesterov
+from fastcifar_jax.optim import Ema, Lookahead, Nesterov, Progress, label_by_path, nesterov
 from fastcifar_jax.schedules import WarmupDecay, piecewise_linear
 
 
@@ -23,7 +23,7 @@ def test_golden_update():
 
 
 def test_last_step_of_a_schedule_to_zero_moves_by_momentum_alone():
-    tx = Nesterov(peak_lr=0.4, schedule=WarmupDecay(warmup=0.5))(2, 2)
+    tx = Nesterov(peak_lr=0.4, schedule=WarmupDecay(warmup=0.5))(2, 2, 1)
     params = {"kernel": jnp.float32(1)}
     state = tx.init(params)
     for _ in range(3):
@@ -37,7 +37,7 @@ def test_bias_group_has_its_own_rate_and_decay():
     """Rate times 64, decay divided by 64: their product, which is what decays a weight, stays."""
     params = {"conv": {"kernel": jnp.float32(2)}, "norm": {"bias": jnp.float32(2)}, "linear": jnp.float32(2)}
     optim = Nesterov(peak_lr=0.5, momentum=0.0, weight_decay=0.1, bias_scale=64.0, schedule=WarmupDecay(warmup=0.5))
-    tx = optim(2, 1)  # the first step is at the peak
+    tx = optim(2, 1, 1)  # the first step is at the peak
 
     def update(gradient):
         return tx.update(jax.tree.map(lambda _: jnp.float32(gradient), params), tx.init(params), params)[0]
@@ -63,7 +63,9 @@ def test_ema_golden():
     average = ema.init({"w": jnp.float32(1)})
     update = jax.jit(ema.update)
     for step in range(2 * steps):
-        average = update(average, {"w": jnp.float32(0)}, jnp.int32(step % steps))
+        progress = Progress(jnp.int32(step + 1), jnp.int32(step % steps), 2 * steps)
+        average, variables = update(average, {"w": jnp.float32(0)}, progress)
+        assert float(variables["w"]) == 0
         if step == 0:
             assert float(average["w"]) == pytest.approx(0.9509900499, rel=1e-6)
         if step == steps - 1:
@@ -94,3 +96,18 @@ def test_refuses(part, fields):
     (name, value) = next(iter(fields.items()))
     with pytest.raises(ValueError, match=f"{name} {value}"):
         part(**fields)
+
+
+def test_lookahead_by_hand():
+    """airbench.md, section 5, for 10 steps of a weight that is moved by 1 in each; looks after steps 5 and 10."""
+    lookahead = Lookahead(0.95, 5)
+    slow = fast = np.float64(0)
+    average = variables = {"w": jnp.float32(0)}
+    for step in range(1, 11):
+        fast += 1
+        variables = {"w": variables["w"] + 1}
+        if step % 5 == 0:
+            keep = 0.95**5 * (step / 10) ** 3
+            slow = fast = keep * slow + (1 - keep) * fast
+        average, variables = lookahead.update(average, variables, Progress(jnp.int32(step), jnp.int32(0), 10))
+        np.testing.assert_allclose([average["w"], variables["w"]], [slow, fast], rtol=1e-6)

@@ -89,7 +89,7 @@ def test_hash_ignores_name_and_published():
 
 def test_repr_remakes_the_recipe():
     names = {}
-    for module in ("augment", "losses", "model", "optim", "schedules", "evaluate", "recipe"):
+    for module in "activations augment losses model resnet9 optim schedules evaluate recipe".split():
         exec(f"from fastcifar_jax.{module} import *", names)
     for recipe in RECIPES.values():
         assert eval(repr(recipe), names) == recipe
@@ -127,8 +127,9 @@ def test_override(assignment, name, value):
         ("optim.peek_lr=0.8", "nearest: optim.peak_lr"),
         ("optim.peak_lr", "write name=value"),
         ("optim.peak_lr=fast", "expected float, got 'fast'"),
-        ("num_epochs=2.5", "expected int, got 2.5"),
-        ("num_epochs=True", "expected int, got True"),
+        ("batch_size=2.5", "expected int, got 2.5"),
+        ("batch_size=True", "expected int, got True"),
+        ("num_epochs=ten", r"expected int \| float, got 'ten'"),
         ("optim=3", "set one of its fields"),
         ("num_epochs=0", "num_epochs is 0"),
         ("num_epochs=2", "must increase"),

@@ -77,12 +77,20 @@ def test_keys_are_those_of_the_specification(tmp_path):
     fields = json.loads(records.write(RECORD, tmp_path).read_text())
     assert list(fields) == [
         "experiment", "framework", "recipe", "recipe_repr", "recipe_hash", "seed", "status", "error", "data", "device",
-        "versions", "source_hash", "conv", "driver", "command", "started", "epochs", "result",
+        "versions", "source_hash", "conv", "driver", "command", "started", "epochs", "result", "strategy", "mesh",
     ]  # fmt: skip
     assert list(fields["epochs"][0]) == [
         "epoch", "train_seconds", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "tta_loss",
         "tta_accuracy",
     ]  # fmt: skip
+
+
+def test_a_record_from_before_there_were_meshes(tmp_path):
+    path = records.write(RECORD, tmp_path)
+    fields = json.loads(path.read_text())
+    del fields["strategy"], fields["mesh"]
+    path.write_text(json.dumps(fields))
+    assert (records.read(path).strategy, records.read(path).mesh) == ("loop", "1x1")
 
 
 def test_not_finite_numbers_are_null_and_come_back_as_nan(tmp_path):

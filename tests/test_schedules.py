@@ -1,7 +1,7 @@
 import jax.numpy as jnp
 import pytest
 
-from fastcifar_jax.schedules import WarmupDecay, piecewise_linear
+from fastcifar_jax.schedules import Triangle, WarmupDecay, count_steps, piecewise_linear
 
 STEPS = 97  # an epoch of CIFAR-10 at batch size 512
 
@@ -55,3 +55,32 @@ def test_refuses(fields):
 def test_knots_and_values_must_pair():
     with pytest.raises(ValueError, match="2 knots and 3 values"):
         piecewise_linear((0.0, 1.0), (0.0, 1.0, 2.0))
+
+
+def test_triangle_of_airbench94():
+    """airbench.md, section 5: 476 steps, the peak at step 109, 0.07 at the step after the last."""
+    num_steps = count_steps(9.9, 48)
+    assert num_steps == 476
+    schedule = Triangle()(num_steps)
+    found = [float(schedule(jnp.float32(step))) for step in (0, 109, 476)]
+    assert found == pytest.approx([0.2, 1.0, 0.07])
+    assert float(schedule(jnp.float32(54.5))) == pytest.approx(0.6)
+
+
+def test_triangle_without_a_way_up():
+    schedule = Triangle(peak=0.0, end=0.0)(200)
+    assert [float(schedule(jnp.float32(step))) for step in (0, 50, 200)] == pytest.approx([1.0, 0.75, 0.0])
+
+
+@pytest.mark.parametrize(
+    ("num_epochs", "steps_per_epoch", "steps"), [(8, 25, 200), (9.9, 10, 99), (1.1, 10, 11), (1, 7, 7)]
+)
+def test_count_steps(num_epochs, steps_per_epoch, steps):
+    assert count_steps(num_epochs, steps_per_epoch) == steps
+
+
+@pytest.mark.parametrize("fields", [{"start": -0.1}, {"peak": 1.0}, {"end": -1.0}])
+def test_triangle_refuses(fields):
+    [(name, value)] = fields.items()
+    with pytest.raises(ValueError, match=f"{name} {value}"):
+        Triangle(**fields)

@@ -6,11 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.airbench import airbench94
 from experiments.bag_of_tricks import baseline, final
 from fastcifar_jax import onednn_trial
 from fastcifar_jax.augment import Crop, Cutout, Flip, normalize
 from fastcifar_jax.model import Norm
 from fastcifar_jax.train import Diverged, compile_programs, evaluated, make_functions, make_train, zero_totals
+from fastcifar_jax.tunable import tunable
 from fastcifar_jax.types import Batch, Dataset, StepInfo
 from tests.test_augment import numpy_apply
 
@@ -135,7 +137,8 @@ def test_steps_give_their_state_away(final_run):
     recipe, _, _ = final_run
     programs = compile_programs(recipe, 4, DATASET, "python")
     state = programs.init(jax.random.key(0), DATASET)
-    programs.train_epoch(state, DATASET, programs.plan(jax.random.key(1), np.int32(1), DATASET), None)
+    plan = programs.plan(jax.random.key(1), np.int32(1), DATASET)
+    programs.train_epoch(tunable(recipe), state, DATASET, plan, 1, None)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves((state.params, state.opt_state, state.average)))
 
 
@@ -229,3 +232,16 @@ def test_a_fork_can_drive_the_step_itself(key):
     step = jax.jit(chex.assert_max_traces(functions.train_step, 1))
     chex.assert_trees_all_equal(step(state, batch), step(state, batch))
     assert isinstance(step(state, batch)[1], StepInfo)
+
+
+@pytest.mark.parametrize("driver", ["python", "scan"])
+def test_the_last_epoch_may_be_a_part_of_one(driver):
+    """At three steps an epoch, 1.5 epochs are five steps."""
+    recipe = small(airbench94, num_epochs=1.5)
+    steps = []
+    result = make_train(recipe, 4, driver)(jax.random.key(0), DATASET, on_step=lambda *step: steps.append(step[:2]))
+    assert int(result.state.step) == 5 and [info.epoch for info in result.epochs] == [1, 2]
+    if driver == "python":
+        assert steps == [(1, 1), (1, 2), (1, 3), (2, 1), (2, 2)]
+    assert 0 <= result.epochs[1].train_accuracy <= 1 and np.isfinite(result.epochs[1].train_loss)
+    assert result.images_per_second == pytest.approx(5 * BATCH / sum(info.train_seconds for info in result.epochs))

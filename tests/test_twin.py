@@ -88,7 +88,7 @@ def train_jax(
         params, frozen, batch_stats = start(model, images(problem.batches(case)[0][0]), from_jax_init)
 
         functions = make_functions(recipe, problem.NUM_CLASSES, case.steps_per_epoch * case.batch_size)
-        tx = recipe.optim(recipe.num_epochs, case.steps_per_epoch)
+        tx = recipe.optim(recipe.num_epochs, case.steps_per_epoch, case.batch_size)
         average = () if recipe.average is None else recipe.average.init({"params": params, "batch_stats": batch_stats})
         state = TrainState(jnp.int32(0), params, frozen, batch_stats, tx.init(params), average)
         weights = lambda: flat(state.params, state.frozen, state.batch_stats)

@@ -11,7 +11,8 @@ from collections.abc import Iterable
 
 import torch
 
-from tests.reference.problem import EPOCHS, LADDER, Case, initial_weights, summary, whitening_images
+from tests.reference import torch_airnet
+from tests.reference.problem import AIRBENCH, EPOCHS, LADDER, Case, initial_weights, summary, whitening_images
 from tests.reference.torch_resnet9 import (
     ROWS,
     Row,
@@ -47,6 +48,20 @@ def write_trajectories(name: str, case: Case, recipes: Iterable[str]) -> None:
     write(name, case=case._asdict(), trajectories={recipe: golden(ROWS[recipe], case) for recipe in recipes})
 
 
+def write_airbench() -> None:
+    """Both optimisers of AirNet; the frozen whitening bias has no velocity to compare."""
+    shapes = {
+        path: x.shape
+        for path, x in torch_airnet.flat(torch_airnet.TorchAirNet(AIRBENCH.width, 1.0).state_dict()).items()
+    }
+    found = {}
+    for name, muon in (("airbench94", False), ("airbench94_muon", True)):
+        run = torch_airnet.train_twin(AIRBENCH, initial_weights(shapes), muon=muon)
+        velocity = {path: x for path, x in run.velocity.items() if path != "whiten/bias"}
+        found[name] = summary(run._replace(velocity=velocity))
+    write("airbench", case=AIRBENCH._asdict(), trajectories=found)
+
+
 def write_whitening() -> None:
     """The variances of the whitened patches, lambda / (lambda + eps); filters are known up to a sign only."""
     images = normalized(whitening_images(), torch.float64)
@@ -59,3 +74,4 @@ if __name__ == "__main__":
     write_trajectories("ladder", LADDER, ROWS)
     write_trajectories("epochs", EPOCHS, ("baseline", "final"))
     write_whitening()
+    write_airbench()

@@ -21,7 +21,7 @@ class Case(NamedTuple):
 
     num_steps: int
     steps_per_epoch: int
-    num_epochs: int | None = None  # None: the recipe's own
+    num_epochs: float | None = None  # None: the recipe's own
     size: int = 16  # of the images; 8 is the smallest that three pools leave something of
     width: int = 4
     batch_size: int = 64  # 16 ghost groups of 4
@@ -31,6 +31,10 @@ class Case(NamedTuple):
 LADDER = Case(num_steps=6, steps_per_epoch=1)
 # Three whole epochs. 7 is no multiple of the average's 5: a counter that is not restarted with the epoch shows.
 EPOCHS = Case(num_steps=21, steps_per_epoch=7, num_epochs=3, size=32)
+
+
+# The whitening bias freezes after 15 of 20 steps, and the last epoch is a part of one.
+AIRBENCH = Case(num_steps=20, steps_per_epoch=5, num_epochs=3.9)
 
 
 class Trajectory(NamedTuple):

@@ -1,0 +1,60 @@
+"""Elementwise functions between the layers, as frozen dataclasses that a recipe can print."""
+
+import dataclasses
+import functools
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Relu:
+    """`max(x, 0)`."""
+
+    NEVER_FALLS: ClassVar = True
+
+    def __call__(self, x: Array) -> Array:
+        """Elementwise."""
+        return jax.nn.relu(x)
+
+
+@dataclasses.dataclass(frozen=True)
+class Celu:
+    """`max(x, 0) + min(alpha * (exp(x / alpha) - 1), 0)` (Bag of Tricks, "CELU activations")."""
+
+    alpha: float = 0.3
+
+    NEVER_FALLS: ClassVar = True
+
+    def __post_init__(self):
+        if not self.alpha > 0:
+            raise ValueError(f"Celu has alpha {self.alpha}; give a number > 0")
+
+    def __call__(self, x: Array) -> Array:
+        """Elementwise."""
+        return _celu(x, self.alpha)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _celu(x, alpha):
+    # exp - 1 and not expm1, which costs XLA:CPU four times as much; what it loses near 0 is rounding at the size of 1.
+    return jnp.maximum(x, 0) + alpha * (jnp.exp(jnp.minimum(x, 0) / alpha) - 1)
+
+
+def _celu_gradient(alpha, y, cotangent):
+    """The slope as a function of the value, which is kept anyway: 1 above 0, exp(x / alpha) = y / alpha + 1 below."""
+    return (cotangent * (jnp.minimum(y, 0) / alpha + 1),)
+
+
+_celu.defvjp(lambda x, alpha: (_celu(x, alpha),) * 2, _celu_gradient)
+
+
+@dataclasses.dataclass(frozen=True)
+class Gelu:
+    """`x * Phi(x)` with the normal distribution's Phi: the exact form, not the one with tanh."""
+
+    def __call__(self, x: Array) -> Array:
+        """Elementwise."""
+        return jax.nn.gelu(x, approximate=False)

@@ -1,0 +1,145 @@
+"""Muon: updates of convolution kernels made orthogonal, as airbench94_muon has it."""
+
+import dataclasses
+from typing import ClassVar
+
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from fastcifar_jax.optim import freeze_after, label_by_path, scale_by_steps
+from fastcifar_jax.schedules import Triangle, count_steps
+from fastcifar_jax.types import Params
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # steepest at 0 of the quintics that stay within about 0.7 and 1.2 at 1
+
+
+def orthogonalize(
+    matrix: Float[Array, "rows columns"], steps: int = 3, eps: float = 1e-7, dtype: jnp.dtype | None = jnp.bfloat16
+) -> Float[Array, "rows columns"]:
+    """Newton-Schulz: singular values to roughly 0.5 .. 1.5, singular vectors kept (airbench.md, section 6).
+
+    `optax.contrib` has the iteration, as a private part of an optimiser with another momentum.
+
+    Args:
+      matrix: of any shape.
+      steps: of the iteration `X <- a X + (b A + c A A) X` with `A = X X^T`, on the wide side.
+      eps: added to the Frobenius norm that the matrix is divided by.
+      dtype: of the products; that of the matrix when None.
+
+    Returns:
+      A matrix in the dtype of `matrix`.
+    """
+    a, b, c = NEWTON_SCHULZ
+    x = matrix if dtype is None else matrix.astype(dtype)
+    x = x / (jnp.linalg.norm(x) + eps)
+    tall = x.shape[0] > x.shape[1]
+    x = x.T if tall else x
+    for _ in range(steps):
+        square = x @ x.T
+        x = a * x + (b * square + c * square @ square) @ x
+    return (x.T if tall else x).astype(matrix.dtype)
+
+
+def orthogonalize_kernels(steps: int = 3, dtype: jnp.dtype | None = jnp.bfloat16) -> optax.GradientTransformation:
+    """`orthogonalize` for HWIO kernels, as matrices of one row an output channel."""
+
+    def one(update):
+        rows = update.reshape(-1, update.shape[-1]).T
+        return orthogonalize(rows, steps, dtype=dtype).T.reshape(update.shape)
+
+    return optax.stateless_with_tree_map(lambda update, _: one(update))
+
+
+def renormalize_kernels() -> optax.GradientTransformation:
+    """Moves each kernel to the norm `sqrt(outputs)` before the update is applied; takes the place of weight decay."""
+
+    def move(update, kernel):
+        norm = jnp.sqrt(jnp.sum(jnp.square(kernel)))
+        return update + kernel * (kernel.shape[-1] ** 0.5 / norm - 1)
+
+    return optax.stateless_with_tree_map(move)
+
+
+@dataclasses.dataclass(frozen=True)
+class Muon:
+    """The optimisers of airbench94_muon (airbench.md, section 6): Muon for kernels, Nesterov SGD for the rest.
+
+    Rates are for a summed loss; each group's decay divided by its rate is the coefficient of its L2 term.
+
+    It differs from `optax.contrib.muon` in the momentum, `B <- m B + G` and `G + m B` without bias correction; in the
+    weights, which are set back to a fixed norm in every step; and in having no factor for the shape of a kernel.
+
+    Attributes:
+      lr: of the kernels.
+      momentum: of the kernels.
+      head_lr: of the linear head.
+      bias_lr: of the biases of norms and whitening.
+      sgd_momentum: of everything but the kernels.
+      weight_decay: per example, of everything but the kernels: 2e-6 in the source.
+      newton_schulz_steps: of the iteration.
+      whiten_bias_epochs: the whitening layer's bias has its own way down over so many epochs and is then frozen.
+      schedule: multiples of the rates over the run.
+      compute_dtype: of the iteration's products; None is that of the weights.
+    """
+
+    lr: float = 0.24
+    momentum: float = 0.6
+    head_lr: float = 0.67
+    bias_lr: float = 0.053
+    sgd_momentum: float = 0.85
+    weight_decay: float = 2e-6
+    newton_schulz_steps: int = 3
+    whiten_bias_epochs: int = 3
+    schedule: Triangle = Triangle(peak=0.0, end=0.0)
+    compute_dtype: str | None = "bfloat16"
+
+    TUNABLE: ClassVar = ("lr", "momentum", "head_lr", "bias_lr", "sgd_momentum", "weight_decay", "schedule")
+
+    def __post_init__(self):
+        rates, momenta = (self.lr, self.head_lr, self.bias_lr), (self.momentum, self.sgd_momentum)
+        if min(rates) <= 0 or self.weight_decay < 0 or not all(0 <= m < 1 for m in momenta):
+            raise ValueError(
+                f"optim has rates {rates}, momenta {momenta} and weight_decay {self.weight_decay}; expected rates "
+                "above 0, momenta from 0 to below 1, weight_decay >= 0"
+            )
+        if self.newton_schulz_steps < 1 or self.whiten_bias_epochs < 0:
+            raise ValueError(
+                f"optim has newton_schulz_steps {self.newton_schulz_steps} and whiten_bias_epochs "
+                f"{self.whiten_bias_epochs}; expected at least 1 and 0"
+            )
+
+    def __call__(self, num_epochs: float, steps_per_epoch: int, batch_size: int) -> optax.GradientTransformation:
+        """The transformation for a run of `num_epochs` epochs; it takes the gradients of a mean loss."""
+        schedule = self.schedule(count_steps(num_epochs, steps_per_epoch))
+        decay, whiten_steps = self.weight_decay * batch_size, self.whiten_bias_epochs * steps_per_epoch
+
+        def sgd(lr, schedule):
+            return optax.chain(
+                optax.add_decayed_weights(decay / lr),
+                optax.trace(decay=self.sgd_momentum, nesterov=True),
+                scale_by_steps(lambda step: lr * schedule(step)),
+            )
+
+        kernels = optax.chain(
+            optax.trace(decay=self.momentum, nesterov=True),
+            orthogonalize_kernels(self.newton_schulz_steps, self.compute_dtype and jnp.dtype(self.compute_dtype)),
+            scale_by_steps(lambda step: self.lr * schedule(step)),
+            renormalize_kernels(),
+        )
+        whiten = optax.set_to_zero()
+        if whiten_steps:
+            whiten = optax.chain(sgd(self.bias_lr, self.schedule(whiten_steps)), freeze_after("", whiten_steps))
+        transforms = {
+            "whiten": whiten,
+            "bias": sgd(self.bias_lr, schedule),
+            "head": sgd(self.head_lr, schedule),
+            "kernel": kernels,
+        }
+        groups = {"whiten": r"whiten/bias$", "bias": r"bias$", "head": r"linear$", "kernel": r"kernel$"}
+
+        def label(params: Params) -> Params:
+            return label_by_path(params, groups)
+
+        # the gradients of the summed loss, which the rates are for
+        return optax.chain(optax.scale(batch_size), optax.partition(transforms, label))
