@@ -1,4 +1,4 @@
-"""The ResNet-9 of a recipe in PyTorch: its layers, where it starts from, one training step and its evaluation.
+"""The ResNet-9 of a recipe in PyTorch, and for any network: where it starts, one training step and its evaluation.
 
 Tensors of images are channels first, in channels-last memory. Of the recipe every part is taken to be one that
 `torch_twin.check` lets pass.
@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastcifar_jax.activations import Celu
-from fastcifar_jax.evaluate import FlipTTA
+from fastcifar_jax.evaluate import NoTTA, SixViewTTA
 from fastcifar_jax.model import Norm
+from fastcifar_jax.optim import Ema
 from fastcifar_jax.recipe import Recipe
 from fastcifar_jax.resnet9 import ResNet9
 from fastcifar_jax.types import Evaluation, StepInfo
@@ -22,6 +23,7 @@ WHITENING_CHUNK = 250  # images at a time: all 10,000 would unfold into 1 GB of 
 TEST_CHUNK = 500  # images at a time
 
 Step = Callable[[Tensor, Tensor], StepInfo]
+Update = Callable[[int, int], None]  # (steps taken with this one, batch size), from the gradients of the summed loss
 
 
 class GhostNorm(nn.Module):
@@ -124,7 +126,9 @@ class Network(nn.Module):
         return [*(p for p in self.parameters() if p.requires_grad), *self.buffers()]
 
 
-def make_network(model: ResNet9, num_classes: int, seed: int, device: torch.device) -> Network:
+def make_network(
+    model: ResNet9, num_classes: int, seed: int, device: torch.device, kind: type[nn.Module] = Network
+) -> nn.Module:
     """A network with PyTorch's initial weights, float32; the whitening filters are still to be set.
 
     Args:
@@ -132,31 +136,35 @@ def make_network(model: ResNet9, num_classes: int, seed: int, device: torch.devi
       num_classes: size of the logits.
       seed: of the weights. PyTorch's global generators are left as they were.
       device: where to put it; the weights do not depend on it.
+      kind: of the network, for another `model`.
     """
     with torch.random.fork_rng(devices=[]):  # the layers draw from the global generator
         torch.default_generator.manual_seed(seed)
-        network = Network(model, num_classes)
+        network = kind(model, num_classes)
     return network.to(device, memory_format=torch.channels_last)
 
 
-def whitening_filters(images: Tensor, eps: float) -> Tensor:
-    """Filters whose responses to the 3x3 patches of `images` are uncorrelated (section 5 of the specification).
+def whitening_filters(images: Tensor, eps: float, size: int = 3) -> Tensor:
+    """Filters whose responses to the patches of `images` are uncorrelated (section 5 of the specification).
 
     Args:
       images: normalised and not padded, `[n, 3, height, width]`.
       eps: added to the eigenvalues of the patches' second moments, which are not centred.
+      size: side of the patches, in pixels.
 
     Returns:
-      `[27, 3, 3, 3]` in the images' dtype, eigenvalues in descending order. A filter's sign is the solver's choice.
+      `[3 * size * size, 3, size, size]` in the images' dtype, eigenvalues in descending order. A filter's sign is the
+      solver's choice.
     """
-    moments = np.zeros((27, 27))
+    features = 3 * size * size
+    moments = np.zeros((features, features))
     for chunk in images.split(WHITENING_CHUNK):
-        patches = chunk.unfold(2, 3, 1).unfold(3, 3, 1).permute(0, 2, 3, 1, 4, 5).reshape(-1, 27)
+        patches = chunk.unfold(2, size, 1).unfold(3, size, 1).permute(0, 2, 3, 1, 4, 5).reshape(-1, features)
         moments += (patches.T @ patches).cpu().numpy()
-    num_patches = len(images) * (images.shape[2] - 2) * (images.shape[3] - 2)
+    num_patches = len(images) * (images.shape[2] - size + 1) * (images.shape[3] - size + 1)
     eigenvalues, eigenvectors = np.linalg.eigh(moments / (num_patches - 1))  # ascending; eigenvectors are columns
     bank = eigenvectors / np.sqrt(np.maximum(eigenvalues, 0) + eps)
-    return torch.tensor(bank.T[::-1].reshape(27, 3, 3, 3).copy(), dtype=images.dtype, device=images.device)
+    return torch.tensor(bank.T[::-1].reshape(features, 3, size, size).copy(), dtype=images.dtype, device=images.device)
 
 
 def normalize(recipe: Recipe, pixels: Tensor) -> Tensor:
@@ -171,16 +179,44 @@ def learning_rate(recipe: Recipe, time: float) -> float:
     return recipe.optim.peak_lr * float(np.interp(time, schedule.knots(recipe.num_epochs), (0.0, 1.0, schedule.end)))
 
 
+def nesterov(recipe: Recipe, network: Network, steps_per_epoch: int) -> Update:
+    """The optimiser of the bag of tricks; see `fastcifar_jax.optim.Nesterov`.
+
+    Args:
+      recipe: its optimiser and schedule are used.
+      network: holds the gradients of the summed loss.
+      steps_per_epoch: of the schedule.
+    """
+    trained = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
+    scales = [recipe.optim.bias_scale if name.endswith("bias") else 1.0 for name, _ in trained]
+    params = [p for _, p in trained]
+    velocity = [torch.zeros_like(p) for p in params]
+    decay, momentum = recipe.optim.weight_decay, recipe.optim.momentum
+
+    def update(count, batch_size):
+        lr = learning_rate(recipe, count / steps_per_epoch)
+        change = torch._foreach_div([p.grad for p in params], batch_size)
+        torch._foreach_add_(change, torch._foreach_mul(params, [decay / s for s in scales]))
+        torch._foreach_mul_(change, [-lr * s for s in scales])
+        torch._foreach_mul_(velocity, momentum)
+        torch._foreach_add_(velocity, change)
+        torch._foreach_add_(params, change)
+        torch._foreach_add_(params, velocity, alpha=momentum)
+
+    return update
+
+
 def make_step(
     recipe: Recipe,
-    network: Network,
-    average: Network | None,
+    network: nn.Module,
+    average: nn.Module | None,
     steps_per_epoch: int,
     *,
     bfloat16: bool,
     compiled: bool = False,
+    update: Update | None = None,
 ) -> Step:
-    """One step of a recipe: forward, backward, Nesterov update, average.
+    """One step of a recipe: forward, backward, update, average.
 
     Args:
       recipe: its loss, optimiser, schedule and average are used.
@@ -189,17 +225,13 @@ def make_step(
       steps_per_epoch: of the schedule and the average.
       bfloat16: autocast over float32 master weights.
       compiled: whether the network goes through `torch.compile`.
+      update: of the optimiser; `nesterov` when None.
 
     Returns:
       `step(images, labels) -> sums over the batch`, of the forward pass that was differentiated. It counts its calls.
     """
     predict = _predictor(torch.compile(network) if compiled else network, network.linear.weight, bfloat16=bfloat16)
-    trained = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
-    scales = [recipe.optim.bias_scale if name.endswith("bias") else 1.0 for name, _ in trained]
-    params = [p for _, p in trained]
-    velocity = [torch.zeros_like(p) for p in params]
-    summed_loss, decay, momentum = _summed_loss(recipe), recipe.optim.weight_decay, recipe.optim.momentum
-    count = 0
+    update, summed_loss, count = update or nesterov(recipe, network, steps_per_epoch), _summed_loss(recipe), 0
 
     def step(images, labels):
         nonlocal count
@@ -208,16 +240,9 @@ def make_step(
         network.zero_grad(set_to_none=True)
         loss.backward()
         count += 1
-        lr = learning_rate(recipe, count / steps_per_epoch)
         with torch.no_grad():
-            change = torch._foreach_div([p.grad for p in params], len(labels))
-            torch._foreach_add_(change, torch._foreach_mul(params, [decay / s for s in scales]))
-            torch._foreach_mul_(change, [-lr * s for s in scales])
-            torch._foreach_mul_(velocity, momentum)
-            torch._foreach_add_(velocity, change)
-            torch._foreach_add_(params, change)
-            torch._foreach_add_(params, velocity, alpha=momentum)
-            if average is not None and (count - 1) % steps_per_epoch % recipe.average.every == 0:
+            update(count, len(labels))
+            if isinstance(recipe.average, Ema) and (count - 1) % steps_per_epoch % recipe.average.every == 0:
                 share = 1 - recipe.average.decay**recipe.average.every
                 torch._foreach_lerp_(average.averaged_tensors(), network.averaged_tensors(), share)
         return StepInfo(loss.detach(), _num_correct(logits, labels))
@@ -240,8 +265,13 @@ def evaluate(recipe: Recipe, network: Network, images: Tensor, labels: Tensor) -
         for pixels, y in zip(images.split(TEST_CHUNK), labels.split(TEST_CHUNK), strict=True):
             x = normalize(recipe, pixels)
             plain = views = predict(x)
-            if isinstance(recipe.tta, FlipTTA):
+            if not isinstance(recipe.tta, NoTTA):
                 views = (plain + predict(x.flip(3))) / 2  # logits are averaged, not probabilities
+            if isinstance(recipe.tta, SixViewTTA):
+                shift = recipe.tta.shift
+                padded, (height, width) = F.pad(x, [shift] * 4, mode="reflect"), x.shape[2:]
+                shifted = (padded[:, :, :height, :width], padded[:, :, -height:, -width:])
+                views = views / 2 + sum(predict(view) + predict(view.flip(3)) for view in shifted) / 8
             scores = [f(logits, y) for logits in (plain, views) for f in (loss, _num_correct)]
             sums.append(torch.stack([score.double() for score in scores]))
     return Evaluation(*torch.stack(sums).sum(0).tolist())

@@ -20,8 +20,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from experiments.torch_airnet import AirNetwork, make_update
 from experiments.torch_network import (
     TEST_CHUNK,
     Network,
@@ -32,29 +33,41 @@ from experiments.torch_network import (
     normalize,
     whitening_filters,
 )  # fmt: skip
-from fastcifar_jax.activations import Celu, Relu
-from fastcifar_jax.augment import Crop, Cutout, Flip, PerExample, ShuffledGroups
-from fastcifar_jax.evaluate import FlipTTA, NoTTA
+from fastcifar_jax.activations import Celu, Gelu, Relu
+from fastcifar_jax.airnet import AirNet
+from fastcifar_jax.augment import AlternatingFlip, Crop, Cutout, Flip, PerExample, ShuffledGroups
+from fastcifar_jax.evaluate import FlipTTA, NoTTA, SixViewTTA
 from fastcifar_jax.losses import CrossEntropy
 from fastcifar_jax.model import Norm
-from fastcifar_jax.optim import Ema, Nesterov
+from fastcifar_jax.muon import Muon
+from fastcifar_jax.optim import Ema, Kilostep, Lookahead, Nesterov
 from fastcifar_jax.recipe import Recipe, resolve_dtype
 from fastcifar_jax.resnet9 import ResNet9
-from fastcifar_jax.schedules import WarmupDecay, count_steps
+from fastcifar_jax.schedules import Triangle, WarmupDecay, count_steps
 from fastcifar_jax.train import Diverged, steps_of_epochs
 from fastcifar_jax.types import Dataset, EpochInfo, RunResult, StepInfo
 
 _KNOWN = {
-    "model": (ResNet9,),
-    "model.activation": (Relu, Celu),
+    "model": (ResNet9, AirNet),
     "model.norm": (Norm,),
     "loss": (CrossEntropy,),
-    "optim": (Nesterov,),
-    "optim.schedule": (WarmupDecay,),
-    "average": (Ema, type(None)),
-    "augmentations": (Crop, Flip, Cutout),
+    "augmentations": (Crop, Flip, AlternatingFlip, Cutout),
     "choices": (PerExample, ShuffledGroups),
-    "tta": (FlipTTA, NoTTA),
+    "tta": (FlipTTA, SixViewTTA, NoTTA),
+}
+_KNOWN_WITH = {
+    ResNet9: {
+        "model.activation": (Relu, Celu),
+        "optim": (Nesterov,),
+        "optim.schedule": (WarmupDecay,),
+        "average": (Ema, type(None)),
+    },
+    AirNet: {
+        "model.activation": (Gelu,),
+        "optim": (Kilostep, Muon),
+        "optim.schedule": (Triangle,),
+        "average": (Lookahead, Ema, type(None)),
+    },
 }
 
 
@@ -76,7 +89,8 @@ def check(recipe: Recipe) -> None:
     Raises:
       ValueError: it does not; the message names the part.
     """
-    for name, known in _KNOWN.items():  # the model comes before its parts, which another model need not have
+    # The model comes before its parts, which another model need not have.
+    for name, known in (*_KNOWN.items(), *_KNOWN_WITH.get(type(recipe.model), {}).items()):
         part = operator.attrgetter(name)(recipe)
         for item in part if name == "augmentations" else (part,):
             if type(item) not in known:  # a subclass may do anything
@@ -85,7 +99,8 @@ def check(recipe: Recipe) -> None:
                     f"recipe {recipe.name!r} has {name} {item!r}; the PyTorch twin knows {names}: train it with JAX, "
                     "or write the part into experiments/torch_twin.py"
                 )
-    for name, unset in (("model.extra_layers", ()), ("model.norm.faithful", False)):
+    unused = {"model.norm.faithful": False} | ({"model.extra_layers": ()} if isinstance(recipe.model, ResNet9) else {})
+    for name, unset in unused.items():
         if (value := operator.attrgetter(name)(recipe)) != unset:
             raise ValueError(f"the PyTorch twin has no {name} {value}; set it to {unset}, or train with JAX")
     if recipe.batch_size % recipe.model.norm.num_groups:
@@ -95,7 +110,23 @@ def check(recipe: Recipe) -> None:
         )
 
 
-def draw_plan(recipe: Recipe, num_images: int, height: int, width: int, generator: torch.Generator) -> Plan:
+def draw_first_flips(recipe: Recipe, num_images: int, generator: torch.Generator) -> tuple[Tensor | None, ...]:
+    """For each augmentation which images it mirrors in the first epoch of a run, if it alternates."""
+    return tuple(
+        torch.rand(num_images, generator=generator) < 0.5 if isinstance(augmentation, AlternatingFlip) else None
+        for augmentation in recipe.augmentations
+    )
+
+
+def draw_plan(
+    recipe: Recipe,
+    num_images: int,
+    height: int,
+    width: int,
+    generator: torch.Generator,
+    epoch: int = 1,
+    first_flips: tuple[Tensor | None, ...] = (),
+) -> Plan:
     """The plan of one epoch, drawn as `recipe.choices` says (sections 2.3 and 2.4 of the specification).
 
     The draws are not JAX's, their distribution is the same.
@@ -106,12 +137,17 @@ def draw_plan(recipe: Recipe, num_images: int, height: int, width: int, generato
       height: of an image, in pixels.
       width: of an image, in pixels.
       generator: on the CPU, whatever the images are on.
+      epoch: 1-based.
+      first_flips: of `draw_first_flips`; drawn here when empty.
     """
+    first_flips = first_flips or draw_first_flips(recipe, num_images, generator)
     shuffled = lambda n: torch.randperm(n, generator=generator)
     order, options = torch.arange(num_images), []
-    for augmentation in recipe.augmentations:
+    for augmentation, first_flip in zip(recipe.augmentations, first_flips, strict=True):
         table = torch.from_numpy(augmentation.options(height, width))
-        if isinstance(recipe.choices, ShuffledGroups):
+        if isinstance(augmentation, AlternatingFlip):
+            choice = (first_flip ^ (epoch % 2 == 0)).long()
+        elif isinstance(recipe.choices, ShuffledGroups):
             order = order[shuffled(num_images)]
             kept = shuffled(len(table))[: recipe.choices.max_options]
             sizes = num_images // len(kept) + (torch.arange(len(kept)) < num_images % len(kept))
@@ -143,7 +179,7 @@ def make_batch(recipe: Recipe, images: Tensor, plan: Plan, ids: Tensor) -> Tenso
     source, holes = here, []
     for augmentation, option in zip(recipe.augmentations, plan.options, strict=True):
         option = option[ids]
-        if isinstance(augmentation, Flip):
+        if isinstance(augmentation, Flip):  # alternating or not
             moved = [here[0], torch.where(option[:, None], sides[1] - 1 - here[1], here[1])]
         else:
             corner = option.flip(1)[:, :, None].unbind(1)  # (x, y) -> rows, columns
@@ -189,9 +225,8 @@ def make_train_step(
       ValueError: a part of the recipe that the twin does not know.
     """
     check(recipe)
-    network = make_network(recipe.model, num_classes, 0, torch.device("cpu"))
-    average = copy.deepcopy(network) if recipe.average else None
-    update = make_step(recipe, network, average, steps_per_epoch, bfloat16=bfloat16, compiled=compiled)
+    network, average, update = _make(recipe, num_classes, 0, torch.device("cpu"), steps_per_epoch)
+    take = make_step(recipe, network, average, steps_per_epoch, bfloat16=bfloat16, compiled=compiled, update=update)
     pad = next((augmentation.padding for augmentation in recipe.augmentations if hasattr(augmentation, "padding")), 0)
     plan = None
 
@@ -199,7 +234,7 @@ def make_train_step(
         nonlocal plan
         images = images[:, pad : images.shape[1] - pad, pad : images.shape[2] - pad]
         plan = plan or draw_plan(recipe, *images.shape[:3], torch.Generator().manual_seed(0))
-        return update(make_batch(recipe, images, plan, ids), labels[ids])
+        return take(make_batch(recipe, images, plan, ids), labels[ids])
 
     return step
 
@@ -209,27 +244,43 @@ def _cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
+def _make(recipe, num_classes, seed, device, steps_per_epoch):
+    """The network, its average or None, and the update of its weights or None for `nesterov`."""
+    of_airnet = isinstance(recipe.model, AirNet)
+    network = make_network(recipe.model, num_classes, seed, device, AirNetwork if of_airnet else Network)
+    average = copy.deepcopy(network) if recipe.average else None
+    return network, average, make_update(recipe, network, average, steps_per_epoch) if of_airnet else None
+
+
 class _Run(NamedTuple):
     """A run before its first step."""
 
     recipe: Recipe
     data: Dataset  # of tensors on the device
     step: Step
-    network: Network
-    evaluated: Network  # the average, if the recipe has one
+    network: nn.Module
+    evaluated: nn.Module  # the average, if the recipe has one
+    first_flips: tuple[Tensor | None, ...]
 
 
-def _start(recipe: Recipe, num_classes: int, dataset: Dataset, seed: int, device: torch.device) -> _Run:
+def _start(
+    recipe: Recipe, num_classes: int, dataset: Dataset, seed: int, device: torch.device, generator: torch.Generator
+) -> _Run:
     data = Dataset(*(_tensor(array).to(device) for array in dataset))
     data = data._replace(train_labels=data.train_labels.long(), test_labels=data.test_labels.long())
-    network = make_network(recipe.model, num_classes, seed, device)
-    if recipe.model.whiten:
-        images = normalize(recipe, data.train_images[: recipe.init_images])
-        network.whiten.weight.copy_(whitening_filters(images, recipe.model.whiten_eps))
-    average = copy.deepcopy(network) if recipe.average else None
     steps_per_epoch = len(data.train_labels) // recipe.batch_size
-    step = make_step(recipe, network, average, steps_per_epoch, bfloat16=recipe.compute_dtype != "float32")
-    return _Run(recipe, data, step, network, average or network)
+    network, average, update = _make(recipe, num_classes, seed, device, steps_per_epoch)
+    of_airnet = isinstance(recipe.model, AirNet)
+    if of_airnet or recipe.model.whiten:
+        images = normalize(recipe, data.train_images[: recipe.init_images])
+        filters = whitening_filters(images, recipe.model.whiten_eps, 2 if of_airnet else 3)
+        filters = torch.cat([filters, -filters]) if of_airnet else filters
+        for each in filter(None, (network, average)):
+            each.whiten.weight.copy_(filters)
+    bfloat16 = recipe.compute_dtype != "float32"
+    step = make_step(recipe, network, average, steps_per_epoch, bfloat16=bfloat16, update=update)
+    flips = draw_first_flips(recipe, len(data.train_labels), generator)
+    return _Run(recipe, data, step, network, average or network, flips)
 
 
 def _tensor(array):
@@ -237,11 +288,15 @@ def _tensor(array):
 
 
 def _train_epoch(
-    run: _Run, generator: torch.Generator, num_steps: int, on_step: Callable[[int, StepInfo], None] | None
+    run: _Run,
+    generator: torch.Generator,
+    epoch: int,
+    num_steps: int,
+    on_step: Callable[[int, StepInfo], None] | None,
 ) -> StepInfo:
     """Plans an epoch and takes `num_steps` steps; returns the sums over its images, as Python numbers."""
     images, labels, batch_size = run.data.train_images, run.data.train_labels, run.recipe.batch_size
-    plan = draw_plan(run.recipe, *images.shape[:3], generator)
+    plan = draw_plan(run.recipe, *images.shape[:3], generator, epoch, run.first_flips)
     plan = Plan(plan.order.to(images.device), tuple(option.to(images.device) for option in plan.options))
     run.network.train()
     totals = StepInfo(torch.tensor(0.0, device=images.device), torch.tensor(0, device=images.device))
@@ -295,8 +350,9 @@ def make_train(recipe: Recipe, num_classes: int, device: str | torch.device | No
     def warm_up(dataset):
         train, test = recipe.batch_size, TEST_CHUNK
         few = [array[:n] for array, n in zip(dataset, (train, train, test, test), strict=True)]
-        run = _start(recipe, num_classes, Dataset(*few), 0, device)
-        _train_epoch(run, torch.Generator().manual_seed(0), 1, None)
+        generator = torch.Generator().manual_seed(0)
+        run = _start(recipe, num_classes, Dataset(*few), 0, device, generator)
+        _train_epoch(run, generator, 1, 1, None)
         evaluate(recipe, run.evaluated, run.data.test_images, run.data.test_labels)
 
     def train(
@@ -323,18 +379,19 @@ def make_train(recipe: Recipe, num_classes: int, device: str | torch.device | No
             on_compiled(compile_seconds)
 
         seed_weights, seed_plans = map(int, np.random.SeedSequence(seed).generate_state(2))
+        generator = torch.Generator().manual_seed(seed_plans)
         begin = time.perf_counter()
-        run = _start(recipe, num_classes, dataset, seed_weights, device)
+        run = _start(recipe, num_classes, dataset, seed_weights, device, generator)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         setup_seconds = time.perf_counter() - begin
 
         epochs: list[EpochInfo] = []
-        generator = torch.Generator().manual_seed(seed_plans)
         for epoch, num_steps in enumerate(steps_of_epochs(recipe, steps_per_epoch), start=1):
             begin = time.perf_counter()
             step_seen = None if on_step is None else functools.partial(on_step, epoch)
-            totals = _train_epoch(run, generator, num_steps, step_seen)  # Python numbers, so the device has finished
+            # Python numbers, so the device has finished.
+            totals = _train_epoch(run, generator, epoch, num_steps, step_seen)
             seconds = time.perf_counter() - begin
             sums = evaluate(recipe, run.evaluated, run.data.test_images, run.data.test_labels)
             means = [*(x / (num_steps * recipe.batch_size) for x in totals), *(x / num_test for x in sums)]
