@@ -2,10 +2,12 @@
 
 import dataclasses
 import functools
+import math
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array
 
 
@@ -57,4 +59,24 @@ class Gelu:
 
     def __call__(self, x: Array) -> Array:
         """Elementwise."""
-        return jax.nn.gelu(x, approximate=False)
+        return _gelu(x)
+
+
+@jax.custom_vjp
+def _gelu(x):
+    return _gelu_and_slope(x)[0]
+
+
+def _gelu_and_slope(x):
+    """The value, and the slope `Phi(x) + x * phi(x)`, which is kept in the place of `x`.
+
+    JAX's own goes by way of erfc, whose two branches XLA:CPU computes both, and computes it again for the gradient:
+    a third of a step of airbench94.
+    """
+    half = jnp.asarray(0.5, x.dtype)
+    phi = half + half * lax.erf(x * math.sqrt(0.5))
+    density = jnp.exp(-half * jnp.square(x)) * (1 / math.sqrt(2 * math.pi))
+    return x * phi, phi + x * density
+
+
+_gelu.defvjp(_gelu_and_slope, lambda slope, cotangent: (cotangent * slope,))

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fastcifar_jax.activations import Celu, Relu
+from fastcifar_jax.activations import Celu, Gelu, Relu
 from fastcifar_jax.conv import conv
 from fastcifar_jax.model import Norm
 from fastcifar_jax.resnet9 import ResNet9
@@ -224,3 +224,16 @@ def test_refuses(make, message):
 
 def test_relu():
     assert Relu()(jnp.array([-1.0, 2.0])).tolist() == [0.0, 2.0]
+
+
+def test_gelu_is_the_exact_form():
+    """Value and slope against JAX's in float64, and near zero and far out in float32."""
+    x = np.linspace(-12, 12, 2001)
+    with jax.enable_x64(True):
+        value, slope = (jax.vmap(f(lambda x: jax.nn.gelu(x, approximate=False)))(x) for f in (lambda g: g, jax.grad))
+        np.testing.assert_allclose(Gelu()(jnp.asarray(x)), value, atol=1e-15)
+        np.testing.assert_allclose(jax.vmap(jax.grad(Gelu()))(jnp.asarray(x)), slope, atol=1e-14)
+    x32 = jnp.asarray(x, jnp.float32)
+    np.testing.assert_allclose(Gelu()(x32), value, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(jax.vmap(jax.grad(Gelu()))(x32), slope, rtol=1e-6, atol=1e-6)
+    assert Gelu()(x32.astype(jnp.bfloat16)).dtype == jnp.bfloat16
