@@ -73,3 +73,4 @@ airbench96 = replace(
 )
 
 RECIPES = (airbench93, airbench94, airbench94_muon, airbench95, airbench96)
+BASES = {recipe.name: airbench94 for recipe in RECIPES if recipe is not airbench94}

@@ -99,7 +99,9 @@ def check(recipe: Recipe) -> None:
                     f"recipe {recipe.name!r} has {name} {item!r}; the PyTorch twin knows {names}: train it with JAX, "
                     "or write the part into experiments/torch_twin.py"
                 )
-    unused = {"model.norm.faithful": False} | ({"model.extra_layers": ()} if isinstance(recipe.model, ResNet9) else {})
+    unused = {"model.norm.faithful": False}
+    if isinstance(recipe.model, ResNet9):
+        unused |= {"model.extra_layers": (), "model.dirac": False}
     for name, unset in unused.items():
         if (value := operator.attrgetter(name)(recipe)) != unset:
             raise ValueError(f"the PyTorch twin has no {name} {value}; set it to {unset}, or train with JAX")

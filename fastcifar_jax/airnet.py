@@ -11,7 +11,17 @@ from jaxtyping import Array, PRNGKeyArray
 
 from fastcifar_jax.activations import Gelu
 from fastcifar_jax.conv import conv
-from fastcifar_jax.model import PRECISIONS, Conv, GhostBatchNorm, Model, Norm, Precision, linen_model, torch_uniform
+from fastcifar_jax.model import (
+    PRECISIONS,
+    Conv,
+    GhostBatchNorm,
+    Model,
+    Norm,
+    Precision,
+    dirac,
+    linen_model,
+    torch_uniform,
+)
 from fastcifar_jax.pooling import max_pool
 from fastcifar_jax.whitening import whitening_filters
 
@@ -72,15 +82,6 @@ class AirNet:
           compute_dtype: a key of `PRECISIONS`.
         """
         return linen_model(_AirNet(self, num_classes, PRECISIONS[compute_dtype]), self.norm)
-
-
-def dirac(key: PRNGKeyArray, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
-    """PyTorch's default, but filter i < inputs passes channel i on as it is (airbench.md, section 3)."""
-    height, width, inputs, _ = shape
-    kernel = torch_uniform(key, shape, dtype)
-    same = min(inputs, shape[3])
-    identity = jnp.zeros((height, width, inputs, same), dtype).at[height // 2, width // 2].set(jnp.eye(inputs, same))
-    return kernel.at[..., :same].set(identity)
 
 
 def unit_std(key: PRNGKeyArray, shape: tuple[int, int], dtype: jnp.dtype) -> Array:

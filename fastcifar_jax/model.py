@@ -149,6 +149,15 @@ def torch_uniform(key, shape, dtype):
     return nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")(key, shape, dtype)
 
 
+def dirac(key: PRNGKeyArray, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
+    """PyTorch's default, but filter i < inputs passes channel i on as it is (airbench.md, section 3)."""
+    height, width, inputs, _ = shape
+    kernel = torch_uniform(key, shape, dtype)
+    same = min(inputs, shape[3])
+    identity = jnp.zeros((height, width, inputs, same), dtype).at[height // 2, width // 2].set(jnp.eye(inputs, same))
+    return kernel.at[..., :same].set(identity)
+
+
 class Conv(nn.Module):
     """A convolution without bias, padded to the size of its input.
 

@@ -10,7 +10,17 @@ from jaxtyping import Array
 
 from fastcifar_jax.activations import Relu
 from fastcifar_jax.conv import conv
-from fastcifar_jax.model import PRECISIONS, Conv, GhostBatchNorm, Model, Norm, Precision, linen_model, torch_uniform
+from fastcifar_jax.model import (
+    PRECISIONS,
+    Conv,
+    GhostBatchNorm,
+    Model,
+    Norm,
+    Precision,
+    dirac,
+    linen_model,
+    torch_uniform,
+)
 from fastcifar_jax.pooling import max_pool
 from fastcifar_jax.whitening import whitening_filters
 
@@ -32,6 +42,7 @@ class ResNet9:
       output_scale: multiplies the logits.
       res_layers: layers that end with a residual pair of convolutions; no activation after the sum.
       extra_layers: layers that get one more convolution of the same width, after the residual.
+      dirac: the first filters of each 3x3 convolution start as the identity (airbench.md, section 3).
     """
 
     channels: tuple[int, int, int, int] = (64, 128, 256, 512)
@@ -43,6 +54,7 @@ class ResNet9:
     output_scale: float = 1 / 8
     res_layers: tuple[str, ...] = ("layer1", "layer3")
     extra_layers: tuple[str, ...] = ()
+    dirac: bool = False
 
     def __post_init__(self):
         layers = {"layer1", "layer2", "layer3"}
@@ -101,7 +113,8 @@ class _Block(nn.Module):
         order = "conv_norm_act" if joined else order
         for layer in order.split("_"):
             if layer == "conv":
-                x = Conv(self.features, self.size, self.precision, name="conv")(x)
+                kernel_init = dirac if self.config.dirac and self.size > 1 else torch_uniform
+                x = Conv(self.features, self.size, self.precision, kernel_init, name="conv")(x)
             elif layer == "norm":
                 pool = (2, 2) if joined else None
                 x = GhostBatchNorm(self.config.norm, self.precision, self.axis_name, pool, name="norm")(x, train)

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from experiments.airbench import RECIPES, airbench94, airbench94_muon, airbench96
-from fastcifar_jax.airnet import AirNet, dirac, unit_std
+from fastcifar_jax.airnet import AirNet, unit_std
 from fastcifar_jax.augment import PerExample
+from fastcifar_jax.model import dirac
 from fastcifar_jax.muon import Muon, orthogonalize
 from fastcifar_jax.optim import Kilostep
 from fastcifar_jax.recipe import Published

@@ -1,14 +1,18 @@
 import dataclasses
 from dataclasses import replace
 
+import jax
 import pytest
 
-from experiments import bag_of_tricks, convergence, quickstart
+from experiments import airbench, bag_of_tricks, convergence, crossover, quickstart
 from fastcifar_jax import recipe as recipe_module
 from fastcifar_jax.losses import CrossEntropy
 from fastcifar_jax.recipe import Published, Recipe, change, difference, flatten, override, resolve_dtype
+from fastcifar_jax.train import check
+from fastcifar_jax.types import Dataset
 
-RECIPES = {r.name: r for r in (*bag_of_tricks.RECIPES, *convergence.RECIPES, *quickstart.RECIPES)}
+MODULES = (airbench, bag_of_tricks, convergence, crossover, quickstart)
+RECIPES = {recipe.name: recipe for module in MODULES for recipe in module.RECIPES}
 FINAL, BASELINE = bag_of_tricks.final, bag_of_tricks.baseline
 
 # Section 4's table: epochs, knots in epochs, peak, cutout, smoothing, alpha, ghost groups, 1/output scale, bias scale,
@@ -89,7 +93,7 @@ def test_hash_ignores_name_and_published():
 
 def test_repr_remakes_the_recipe():
     names = {}
-    for module in "activations augment losses model resnet9 optim schedules evaluate recipe".split():
+    for module in "activations airnet augment losses model muon resnet9 optim schedules evaluate recipe".split():
         exec(f"from fastcifar_jax.{module} import *", names)
     for recipe in RECIPES.values():
         assert eval(repr(recipe), names) == recipe
@@ -180,3 +184,14 @@ def test_auto_stands_for_this_machines_dtype(monkeypatch):
         == change(automatic, (), None, None, None).hash
     )
     assert resolve_dtype(Recipe(compute_dtype="float32")).compute_dtype == "float32"
+
+
+@pytest.mark.parametrize("name", [recipe.name for recipe in (*airbench.RECIPES, *crossover.RECIPES)])
+def test_an_arm_can_be_trained_and_differs_from_its_base(name):
+    recipe = RECIPES[name]
+    shape = lambda *shape, dtype: jax.ShapeDtypeStruct(shape, dtype)
+    images = lambda n: shape(n, 32, 32, 3, dtype="uint8")
+    labels = lambda n: shape(n, dtype="int32")
+    check(replace(recipe, compute_dtype="float32"), 10, Dataset(images(4096), labels(4096), images(500), labels(500)))
+    if name in crossover.BASES:
+        assert difference(recipe, crossover.BASES[name])
