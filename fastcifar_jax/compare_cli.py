@@ -191,6 +191,7 @@ def trade(
     ended: list[Record] = []
 
     def arm_of(name, job):
+        job = job._replace(arm=name)
         runner = runs.make_runner(job, ended, console, options.out, driver, invocation.arguments, again=options.again)
         return Arm(name, tuple(map(runner, seeds)))
 

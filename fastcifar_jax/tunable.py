@@ -1,7 +1,8 @@
 """The numbers of a recipe that a compiled program takes as arguments: a sweep over them compiles once.
 
 A part of a recipe names them itself, in a class attribute `TUNABLE`; numbers that choose between programs, such as the
-shape of an array or a branch in Python, have no place in it. A part without the attribute is compiled in.
+shape of an array or a branch in Python, have no place in it. A part without the attribute is compiled in. A class that
+branches on a number that its parent names must set `TUNABLE` anew.
 """
 
 import copy

@@ -17,6 +17,7 @@ NAMES = (
     "optim.schedule.warmup", "optim.schedule.end", "optim.schedule.flat_epochs", "average.decay",
 )  # fmt: skip
 RECIPE = small(final)
+RECIPE = replace(RECIPE, model=replace(RECIPE.model, res_layers=()))  # compiles in half the time
 
 
 def changed(recipe, name):
@@ -52,7 +53,7 @@ def test_a_sweep_compiles_once_and_gives_the_numbers_of_a_run_alone(programs, na
     swept = make_train(recipe, 4, "scan", compiled)(jax.random.key(0), DATASET)
     assert swept.compile_seconds == 0 and len(compiled) == 1
     assert numbers(swept) != numbers(first), f"{name} is not used"
-    if name in ("optim.peak_lr", "optim.bias_scale", "average.decay"):  # compiling takes seconds
+    if name == "optim.peak_lr":  # one will do: compiling takes seconds
         alone = make_train(recipe, 4, "scan")(jax.random.key(0), DATASET)
         assert numbers(swept) == numbers(alone)
 
