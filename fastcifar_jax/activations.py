@@ -70,8 +70,8 @@ def _gelu(x):
 def _gelu_and_slope(x):
     """The value, and the slope `Phi(x) + x * phi(x)`, which is kept in the place of `x`.
 
-    JAX's own goes by way of erfc, whose two branches XLA:CPU computes both, and computes it again for the gradient:
-    a third of a step of airbench94.
+    JAX's own goes by way of erfc, whose two branches XLA:CPU computes both, and computes it again for the gradient: a
+    step of airbench94 took 0.97 s with it and 0.93 s with this.
     """
     half = jnp.asarray(0.5, x.dtype)
     phi = half + half * lax.erf(x * math.sqrt(0.5))

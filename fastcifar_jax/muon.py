@@ -11,7 +11,7 @@ from fastcifar_jax.optim import freeze_after, label_by_path, scale_by_steps
 from fastcifar_jax.schedules import Triangle, count_steps
 from fastcifar_jax.types import Params
 
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # steepest at 0 of the quintics that stay within about 0.7 and 1.2 at 1
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # a, b and c below
 
 
 def orthogonalize(

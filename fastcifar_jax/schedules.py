@@ -1,4 +1,4 @@
-"""Learning rates as functions of time, where time is counted in epochs."""
+"""Learning rates as functions of time, which is counted in epochs, or in steps where a schedule says so."""
 
 import dataclasses
 import math
