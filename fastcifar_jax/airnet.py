@@ -19,6 +19,7 @@ from fastcifar_jax.model import (
     Norm,
     Precision,
     dirac,
+    linear_head,
     linen_model,
     torch_uniform,
 )
@@ -150,10 +151,5 @@ class _AirNet(nn.Module):
             x = activate(unit(2)(x, train))
             if config.convs == 3:
                 x = activate(unit(3)(x, train) + skip)
-        x = max_pool(x, x.shape[1:3]).reshape(len(x), -1)  # 3x3 for images of 32x32
-        head_init = unit_std if config.head == "unit_std" else torch_uniform
-        kernel = self.param("linear", head_init, (x.shape[-1], self.num_classes), precision.params)
-        self.sow("macs", "linear", kernel.size)
-        operands = (x.astype(precision.operands), kernel.astype(precision.operands))
-        logits = jnp.dot(*operands, preferred_element_type=precision.activations)
-        return logits.astype(precision.params) * config.output_scale
+        init = unit_std if config.head == "unit_std" else torch_uniform
+        return linear_head(self, x, self.num_classes, precision, init) * config.output_scale  # 3x3 for images of 32x32

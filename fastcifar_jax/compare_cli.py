@@ -17,7 +17,6 @@ from fastcifar_jax.comparison import ACCURACIES, METRICS, Arm, Question
 from fastcifar_jax.options import (
     Invocation,
     RunOptions,
-    arm_name,
     make_jobs,
     refusals,
     run_options,
@@ -153,7 +152,7 @@ def _arms_on_file(invocation: Invocation, names: Sequence[str], options: RunOpti
                 prefix = recipe.hash
             spelling = f"{framework}:{recipe.name}"
             found = comparison.on_file(options.out, f"{spelling}@{prefix}" if prefix else spelling, **data)
-            arms.append(found._replace(name=arm_name(framework, recipe.name, variant)))
+            arms.append(found._replace(name=comparison.arm_name(framework, recipe.name, variant)))
     arms = list({arm.name: arm for arm in arms}.values())
     if len(arms) < 2:
         raise ValueError(f"{', '.join(names)} is one arm; a comparison needs two")

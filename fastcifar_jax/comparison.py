@@ -42,6 +42,11 @@ class Question(NamedTuple):
     confidence: float = 0.95
 
 
+def arm_name(framework: str, name: str, assignments: Sequence[str] = ()) -> str:
+    """ "final", "torch:final", "final optim.peak_lr=0.8"."""
+    return " ".join((name if framework == "jax" else f"{framework}:{name}", *assignments))
+
+
 def parse_arm(text: str) -> tuple[str, str, str]:
     """Framework, experiment and the beginning of the recipe's hash: "final", "torch:final", "final@1a2b".
 

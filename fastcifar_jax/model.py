@@ -231,3 +231,14 @@ class GhostBatchNorm(nn.Module):
         running_mean.value = keep * running_mean.value + (1 - keep) * mean
         running_var.value = keep * running_var.value + (1 - keep) * unbiased * var
         return y
+
+
+def linear_head(
+    module: nn.Module, x: Images, num_classes: int, precision: Precision, init: Callable[..., Array] = torch_uniform
+) -> Logits:
+    """The largest value of each map times a matrix, the parameter "linear" of `module`; logits in its dtype."""
+    x = max_pool(x, x.shape[1:3]).reshape(len(x), -1)
+    kernel = module.param("linear", init, (x.shape[-1], num_classes), precision.params)
+    module.sow("macs", "linear", kernel.size)
+    operands = (x.astype(precision.operands), kernel.astype(precision.operands))
+    return jnp.dot(*operands, preferred_element_type=precision.activations).astype(precision.params)

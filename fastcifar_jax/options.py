@@ -14,7 +14,7 @@ import click
 from rich.console import Console
 
 from fastcifar_jax import conv, discover, runs
-from fastcifar_jax.comparison import parse_arm
+from fastcifar_jax.comparison import arm_name, parse_arm
 from fastcifar_jax.conv import Driver
 from fastcifar_jax.model import PRECISIONS
 from fastcifar_jax.recipe import change, resolve_dtype
@@ -82,11 +82,6 @@ def variants(sweeps: Sequence[str]) -> list[tuple[str, ...]]:
         name, equals, values = text.partition("=")
         axes.append([f"{name}{equals}{value}" for value in values.split(",")])
     return list(itertools.product(*axes))
-
-
-def arm_name(framework: str, name: str, assignments: Sequence[str] = ()) -> str:
-    """ "final", "torch:final", "final optim.peak_lr=0.8"."""
-    return " ".join((name if framework == "jax" else f"{framework}:{name}", *assignments))
 
 
 def parse_seeds(text: str) -> range:

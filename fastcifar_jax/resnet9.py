@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Literal, get_args
 
 import flax.linen as nn
-import jax.numpy as jnp
 from jaxtyping import Array
 
 from fastcifar_jax.activations import Relu
@@ -18,6 +17,7 @@ from fastcifar_jax.model import (
     Norm,
     Precision,
     dirac,
+    linear_head,
     linen_model,
     torch_uniform,
 )
@@ -163,9 +163,4 @@ class _ResNet9(nn.Module):
         x = _Block(config, config.channels[0], precision, size=prep_size, axis_name=axis_name, name="prep")(x, train)
         for i, features in enumerate(config.channels[1:], start=1):
             x = _Layer(config, features, precision, axis_name, name=f"layer{i}")(x, train)
-        x = max_pool(x, x.shape[1:3]).reshape(len(x), -1)  # 4x4 for images of 32x32
-        kernel = self.param("linear", torch_uniform, (x.shape[-1], self.num_classes), precision.params)
-        self.sow("macs", "linear", kernel.size)
-        operands = (x.astype(precision.operands), kernel.astype(precision.operands))
-        logits = jnp.dot(*operands, preferred_element_type=precision.activations)
-        return logits.astype(precision.params) * config.output_scale
+        return linear_head(self, x, self.num_classes, precision) * config.output_scale  # 4x4 for images of 32x32

@@ -74,3 +74,13 @@ def trained(monkeypatch):
     raises, runs_made = {}, []
     monkeypatch.setattr(runs, "make_train", fake_make_train(lambda recipe, seed: (94 + seed) / 100, raises, runs_made))
     return raises, runs_made
+
+
+@pytest.fixture(scope="module")
+def torch_on_one_thread():
+    """PyTorch for networks so tiny that two threads would wait for each other."""
+    torch = pytest.importorskip("torch", reason='needs PyTorch: pip install -e ".[compare]"')
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield torch
+    torch.set_num_threads(threads)

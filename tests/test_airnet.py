@@ -59,15 +59,11 @@ def in_torch_units(trajectory, optim):
 
 
 @pytest.fixture(scope="module")
-def twin():
-    """The PyTorch side; one thread, as the networks are tiny."""
-    torch = pytest.importorskip("torch", reason='needs PyTorch: pip install -e ".[compare]"')
+def twin(torch_on_one_thread):
+    """The PyTorch side."""
     from tests.reference import torch_airnet
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield torch_airnet
-    torch.set_num_threads(threads)
+    return torch_airnet
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -17,7 +17,6 @@ from fastcifar_jax.evaluate import NoTTA
 from fastcifar_jax.optim import Ema, Progress
 from fastcifar_jax.train import Diverged
 from fastcifar_jax.types import Dataset, EpochInfo, StepInfo
-from tests import test_airnet
 from tests.reference import problem
 from tests.test_train import make_dataset, small
 from tests.test_twin import BY_NAME, reduced
@@ -25,7 +24,6 @@ from tests.test_twin import BY_NAME, reduced
 torch = pytest.importorskip("torch", reason='needs PyTorch: pip install -e ".[compare]"')
 
 from experiments import torch_twin  # noqa: E402
-from experiments.torch_airnet import AirNetwork, make_update  # noqa: E402
 from experiments.torch_network import (  # noqa: E402
     Network,
     evaluate,
@@ -34,8 +32,7 @@ from experiments.torch_network import (  # noqa: E402
     make_step,
     whitening_filters,
 )
-from experiments.torch_twin import Plan, draw_first_flips, draw_plan, make_batch, make_train, make_train_step  # noqa: E402
-from tests.reference import torch_airnet as exact_airnet  # noqa: E402
+from experiments.torch_twin import Plan, draw_plan, make_batch, make_train, make_train_step  # noqa: E402
 from tests.reference import torch_resnet9 as exact  # noqa: E402
 
 ALL = (Crop(4), Flip(), Cutout(8))
@@ -43,14 +40,11 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The networks are tiny, and two threads that wait for each other on a busy machine take ten times as long."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def one_thread(torch_on_one_thread):
+    """In `make_train` too."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch_twin, "_cores", lambda: 1)
         yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -153,72 +147,6 @@ def test_a_float32_step_and_evaluation_follow_the_exact_twin(name):
         expected = exact.per_example_loss(logits, labels, recipe.loss.label_smoothing).sum()
         assert loss == pytest.approx(float(expected), rel=1e-3)
         assert correct == (logits.argmax(1) == labels).sum()
-
-
-def airnet_path(name: str) -> str:
-    """ "groups.0.1.bn.weight" -> "group1_2/norm/scale", the package's name."""
-    for group, i in np.ndindex(3, 3):
-        name = name.replace(f"groups.{group}.{i}.", f"group{group + 1}_{i + 1}.")
-    return path_of(name)
-
-
-@pytest.mark.parametrize("name", test_airnet.RUNS)
-def test_airnets_follow_the_exact_twin(name):
-    recipe, muon, convs = test_airnet.RUNS[name]
-    recipe, case = test_airnet.reduced(recipe, "float32"), problem.AIRBENCH
-    exact_net = exact_airnet.TorchAirNet(case.width, 1.0, convs)
-    shapes = {path: x.shape for path, x in exact_airnet.flat(exact_net.state_dict()).items()}
-    weights = problem.initial_weights(shapes)
-    theirs = exact_airnet.train_twin(case, weights, muon=muon, convs=convs)
-
-    network = AirNetwork(recipe.model, problem.NUM_CLASSES).double()
-    for key, x in network.state_dict().items():
-        array = torch.tensor(merged(weights)[airnet_path(key)])
-        x.copy_(array.permute(3, 2, 0, 1) if x.ndim == 4 else array.T if x.ndim == 2 else array)
-    average = None if muon else copy.deepcopy(network)
-    update = make_update(recipe, network, average, case.steps_per_epoch)
-    step = make_step(recipe, network, average, case.steps_per_epoch, bfloat16=False, update=update)
-    infos = [step(exact_airnet.normalized(x, torch.float64), torch.as_tensor(y)) for x, y in problem.batches(case)]
-    np.testing.assert_allclose([float(info.loss) for info in infos], theirs.losses, rtol=1e-9)
-    for net, expected in ((network, theirs.weights), (average, {**theirs.weights, **theirs.average})):
-        if net is not None:
-            found = {airnet_path(key): x.numpy() for key, x in net.state_dict().items()}
-            found = {path: x.transpose(2, 3, 1, 0) if x.ndim == 4 else x.T for path, x in found.items()}
-            assert_same(found, merged(expected), 1e-8, 1e-10)
-
-    (average or network).eval()
-    labels = torch.arange(25) % 10
-    found = evaluate(recipe, (average or network).float(), torch.as_tensor(problem.held_out(case)), labels)
-    for logits, loss in ((theirs.logits, found.test_loss), (theirs.tta_logits, found.tta_loss)):
-        assert loss == pytest.approx(
-            float(exact.per_example_loss(torch.as_tensor(logits), labels, 0.2).sum()), rel=1e-4
-        )
-
-
-def test_an_airnet_starts_as_the_package_says():
-    network = make_network(airbench94_muon.model, 10, 0, CPU, AirNetwork)
-    second = network.groups[1][0].conv.weight.detach()  # 64 -> 256
-    np.testing.assert_array_equal(second[:64, :, 1, 1], np.eye(64))
-    assert second[:64].abs().sum() == 64 and 0 < second[64:].abs().max() <= (9 * 64) ** -0.5
-    assert float(network.linear.weight.detach().std()) == pytest.approx(1)
-    assert 0.1 < network.whiten.bias.detach().abs().max() <= 12**-0.5
-    assert not make_network(airbench94.model, 10, 0, CPU, AirNetwork).whiten.bias.any()
-
-
-def test_alternating_flips_show_every_image_both_ways():
-    recipe = replace(final, augmentations=(Crop(2), AlternatingFlip()))
-    draws = generator()
-    first = draw_first_flips(recipe, 1000, draws)
-    flips = [draw_plan(recipe, 1000, 32, 32, draws, epoch, first).options[1].numpy() for epoch in (1, 2, 3)]
-    assert 400 < flips[0].sum() < 600 and np.all(flips[0] != flips[1]) and np.all(flips[0] == flips[2])
-
-
-@pytest.mark.parametrize("recipe", [airbench94, airbench94_muon], ids=lambda recipe: recipe.name)
-def test_the_loss_of_an_airnet_falls(recipe, dataset):
-    """Its maximum over the whole map does not see which quadrant is bright, so the test accuracy says little."""
-    recipe = small(recipe, num_epochs=15.5, augmentations=(Crop(2), AlternatingFlip()))
-    result = make_train(recipe, 4)(0, dataset)
-    assert len(result.epochs) == 16 and result.epochs[-1].train_loss < result.epochs[0].train_loss - 0.03
 
 
 def test_initial_weights_are_pytorchs_and_leave_its_generators_alone():
@@ -475,6 +403,14 @@ def test_tta_is_the_mean_of_both_views(dataset):
 def test_without_tta_both_columns_are_the_same(dataset):
     row = make_train(small(final, tta=NoTTA()), 4)(0, dataset).epochs[-1]
     assert (row.test_loss, row.test_accuracy) == (row.tta_loss, row.tta_accuracy)
+
+
+@pytest.mark.parametrize("recipe", [airbench94, airbench94_muon], ids=lambda recipe: recipe.name)
+def test_the_loss_of_an_airnet_falls(recipe, dataset):
+    """Its maximum over the whole map does not see which quadrant is bright, so the test accuracy says little."""
+    recipe = small(recipe, num_epochs=15.5, augmentations=(Crop(2), AlternatingFlip()))
+    result = make_train(recipe, 4)(0, dataset)
+    assert len(result.epochs) == 16 and result.epochs[-1].train_loss < result.epochs[0].train_loss - 0.03
 
 
 @pytest.mark.parametrize("compute_dtype", ["float32", "mixed"])

@@ -132,15 +132,11 @@ def assert_close(ours: Trajectory, theirs: Trajectory):
 
 
 @pytest.fixture(scope="module")
-def twin():
-    """The PyTorch side; one thread, as the networks are tiny."""
-    torch = pytest.importorskip("torch", reason='needs PyTorch: pip install -e ".[compare]"')
+def twin(torch_on_one_thread):
+    """The PyTorch side."""
     from tests.reference import torch_resnet9
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield torch_resnet9
-    torch.set_num_threads(threads)
+    return torch_resnet9
 
 
 @pytest.mark.parametrize("name", BY_NAME)
