@@ -45,7 +45,7 @@ def main(data, limit_train, width, dtype, rounds):
         start = time.perf_counter()
         programs = compile_programs(recipe, len(info.classes), dataset, driver)
         print(f"{driver}: {time.perf_counter() - start:.1f} s to compile")
-        runs[driver] = [programs, programs.init(jax.random.key(0), dataset)]
+        runs[driver] = [programs, programs.init(tunable(recipe), jax.random.key(0), dataset)]
 
     def epoch(driver, i):
         programs, state = runs[driver]

@@ -63,7 +63,7 @@ def main(data, limit_train, width, dtype, count, driver, rounds):
     def loop():
         programs = compile_programs(recipe, len(info.classes), dataset, driver)
         keys = [jax.random.key(seed) for seed in range(count)]
-        states = [programs.init(key, dataset) for key in keys]
+        states = [programs.init(values, key, dataset) for key in keys]
 
         def epoch(i):
             for seed, key in enumerate(keys):
@@ -78,7 +78,7 @@ def main(data, limit_train, width, dtype, count, driver, rounds):
         everywhere = place(dataset, spread_over(mesh))
         programs = compile_for_mesh(recipe, len(info.classes), everywhere, driver, strategy, mesh, count)
         keys = raw_keys(range(count), mesh)
-        state = programs.init(keys, everywhere)
+        state = programs.init(values, keys, everywhere)
 
         def epoch(i):
             nonlocal state

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import flax.linen as nn
 import jax
@@ -60,6 +60,8 @@ class AirNet:
     dirac: bool = True
     head: Head = "uniform"
     output_scale: float = 1 / 9
+
+    TUNABLE: ClassVar = ("activation", "norm", "whiten_eps", "output_scale")
 
     def __post_init__(self):
         if len(self.channels) != 3 or min(self.channels) < 1:

@@ -96,8 +96,9 @@ def compile_for_mesh(
         shardings = {"in_shardings": lies(lie_in or in_specs), "out_shardings": lies(lie_out or out_specs)}
         return jax.jit(mapped, donate_argnums=donate, **shardings).lower(*args).compile(options)
 
-    def init(raw, dataset):
-        return draw(lambda raw: functions.init(jax.random.split(jax.random.wrap_key_data(raw))[0], dataset))(raw)
+    def init(raw, dataset, values):
+        key = lambda raw: jax.random.split(jax.random.wrap_key_data(raw))[0]
+        return draw(lambda raw: function("init")(values, key(raw), dataset))(raw)
 
     def plan_epoch(raw, epoch, dataset):
         key = lambda raw: jax.random.split(jax.random.wrap_key_data(raw))[1]
@@ -154,10 +155,11 @@ def compile_for_mesh(
         return jax.jit(enter, in_shardings=(lies(training),), out_shardings=lies(training)).lower(state).compile()
 
     specs = (one, shared, shared), one
+    program_to_init = compiled(init, (raw, dataset, values), *specs, lie_out=training)
     program_to_evaluate = compiled(evaluate, (state, dataset, values), *specs, lie_in=(training, shared, shared))
     first, later = entering(1), entering(2)  # all that the epoch's number matters for
     return Programs(
-        init=compiled(init, (raw, dataset), (one, shared), one, lie_out=training),
+        init=lambda values, raw, dataset: program_to_init(raw, dataset, values),
         plan=compiled(plan_epoch, (raw, index, dataset), (one, shared, shared), one),
         train_epoch=train_epoch,
         enter_evaluation=lambda state, epoch: (first if epoch == 1 else later)(state),

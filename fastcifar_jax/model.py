@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import flax.linen as nn
 import jax
@@ -88,6 +88,8 @@ class Norm:
     momentum: float = 0.9
     eps: float = 1e-5
     faithful: bool = False
+
+    TUNABLE: ClassVar = ("momentum", "eps")
 
     def __post_init__(self):
         if self.num_groups < 1 or not 0 <= self.momentum < 1 or not self.eps > 0:

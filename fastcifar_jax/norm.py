@@ -14,13 +14,13 @@ from fastcifar_jax.types import Images
 Statistics = Float[Array, "groups channels"]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 5))
 def normalize_groups(
     x: Images,
     scale: Float[Array, " channels"],
     bias: Float[Array, " channels"],
     num_groups: int,
-    eps: float,
+    eps: float | Float[Array, ""],
     axis_name: str | None = None,
 ) -> tuple[Images, Statistics, Statistics]:
     """Batch norm in training mode, separately for the images n with the same `n % num_groups`.
@@ -44,13 +44,13 @@ def normalize_groups(
     return _normalize_and_residuals(x, scale, bias, num_groups, eps, axis_name)[0]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 5, 6))
 def normalize_groups_and_pool(
     x: Images,
     scale: Float[Array, " channels"],
     bias: Float[Array, " channels"],
     num_groups: int,
-    eps: float,
+    eps: float | Float[Array, ""],
     size: tuple[int, int],
     axis_name: str | None = None,
 ) -> tuple[Images, Statistics, Statistics]:
@@ -82,11 +82,10 @@ def _normalize_and_residuals(x, scale, bias, num_groups, eps, axis_name):
     inverse = lax.rsqrt(variance + eps)
     weight = inverse * scale[None, :]
     y = _affine(grouped, weight, bias[None, :] - mean * weight)
-    return (y.reshape(x.shape).astype(x.dtype), mean, variance), (x, scale, mean, inverse)
+    return (y.reshape(x.shape).astype(x.dtype), mean, variance), (x, scale, mean, inverse, eps)
 
 
-def _gradients(num_groups, eps, axis_name, residuals, cotangents):
-    del eps
+def _gradients(num_groups, axis_name, residuals, cotangents):
     x, *rest = residuals
     # The barrier has the cotangent computed once, and what is made of x not before it is needed.
     x, cotangent = lax.optimization_barrier((x, cotangents[0]))
@@ -104,8 +103,7 @@ def _pooled_and_residuals(x, scale, bias, num_groups, eps, size, axis_name):
     return (pooled, mean, variance), (*residuals, first)
 
 
-def _gradients_through_pool(num_groups, eps, size, axis_name, residuals, cotangents):
-    del eps
+def _gradients_through_pool(num_groups, size, axis_name, residuals, cotangents):
     x, *rest, first = residuals
     x, cotangent, first = lax.optimization_barrier((x, cotangents[0], first))
     cotangent = cotangent.astype(rest[0].dtype)
@@ -119,7 +117,7 @@ def _gradients_through_pool(num_groups, eps, size, axis_name, residuals, cotange
 normalize_groups_and_pool.defvjp(_pooled_and_residuals, _gradients_through_pool)
 
 
-def _gradients_of_grouped(grouped, cotangent, short, scale, mean, inverse, axis_name):
+def _gradients_of_grouped(grouped, cotangent, short, scale, mean, inverse, eps, axis_name):
     """Gradients of the norm.
 
     Args:
@@ -130,15 +128,17 @@ def _gradients_of_grouped(grouped, cotangent, short, scale, mean, inverse, axis_
       scale: as the norm was given it.
       mean: of the groups.
       inverse: 1 / standard deviation of the groups.
+      eps: as the norm was given it.
       axis_name: as the norm was given it.
 
     Returns:
-      The gradients of `grouped`, `scale` and `bias`.
+      The gradients of `grouped`, `scale`, `bias` and `eps`.
     """
     over = lambda a: (0, *range(2, a.ndim - 1))
     total = short.sum(over(short))
     moment = (cotangent * (grouped - _over_maps(mean, grouped.ndim))).sum(over(grouped)) * inverse
     of_scale, of_bias = moment.sum(0), total.sum(0)
+    of_eps = (moment * jnp.square(inverse) * (-0.5 * scale)[None, :]).sum().astype(eps.dtype)
     size, weight = math.prod(grouped.shape[axis] for axis in over(grouped)), inverse * scale[None, :]
     if axis_name is not None:  # an image moves the statistics that the other devices' images are normalised by
         total, moment = lax.psum((total, moment), axis_name)
@@ -146,7 +146,7 @@ def _gradients_of_grouped(grouped, cotangent, short, scale, mean, inverse, axis_
     # weight * (cotangent - total / size - normalised * moment / size), gathered into one factor of each array
     of_x = weight * inverse * moment / size
     to_x = _affine(cotangent, weight, -weight * total / size) + _affine(grouped, -of_x, mean * of_x)
-    return to_x, of_scale, of_bias
+    return to_x, of_scale, of_bias, of_eps
 
 
 def whole_groups(num_groups: int, devices: int) -> bool:

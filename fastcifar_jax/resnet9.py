@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import flax.linen as nn
 from jaxtyping import Array
@@ -55,6 +55,8 @@ class ResNet9:
     res_layers: tuple[str, ...] = ("layer1", "layer3")
     extra_layers: tuple[str, ...] = ()
     dirac: bool = False
+
+    TUNABLE: ClassVar = ("activation", "norm", "whiten_eps", "output_scale")
 
     def __post_init__(self):
         layers = {"layer1", "layer2", "layer3"}

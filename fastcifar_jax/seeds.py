@@ -259,9 +259,9 @@ def _train_group(recipe, programs, seeds, keys, dataset, each, compile_seconds, 
       The outcomes, in the order of `seeds`.
     """
     start = time.perf_counter()
-    state = jax.block_until_ready(programs.init(keys, dataset))
-    setup_seconds = (time.perf_counter() - start) / each
     values = tunable(recipe)
+    state = jax.block_until_ready(programs.init(values, keys, dataset))
+    setup_seconds = (time.perf_counter() - start) / each
     rows: list[list[EpochInfo]] = [[] for _ in seeds]
     outcomes: list[Outcome | None] = [None] * len(seeds)
 

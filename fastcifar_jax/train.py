@@ -243,7 +243,7 @@ class Programs(NamedTuple):
     `values` are the `tunable` numbers of the recipe that is run.
     """
 
-    init: Callable[[PRNGKeyArray, Dataset], TrainState]
+    init: Callable[[Values, PRNGKeyArray, Dataset], TrainState]
     plan: Callable[[PRNGKeyArray, Int[Array, ""], Dataset], EpochPlan]
     train_epoch: Callable[..., tuple[TrainState, StepInfo]]  # (values, state, dataset, plan, num_steps, on_step)
     enter_evaluation: Callable[[TrainState, int], TrainState]
@@ -314,7 +314,7 @@ def compile_programs(recipe: Recipe, num_classes: int, dataset: Dataset, driver:
             return state, totals
 
     return Programs(
-        init=jax.jit(functions.init).lower(key, dataset).compile(),
+        init=jax.jit(function("init")).lower(values, key, dataset).compile(),
         plan=jax.jit(functions.plan).lower(key, index, dataset).compile(),
         train_epoch=train_epoch,
         enter_evaluation=functions.enter_evaluation,
@@ -366,7 +366,7 @@ def make_train(
 
         key_init, key_data = jax.random.split(key)
         start = time.perf_counter()
-        state = jax.block_until_ready(programs.init(key_init, dataset))
+        state = jax.block_until_ready(programs.init(values, key_init, dataset))
         setup_seconds = time.perf_counter() - start
 
         epochs: list[EpochInfo] = []

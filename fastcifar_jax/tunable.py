@@ -16,7 +16,7 @@ from fastcifar_jax.recipe import Published, Recipe, resolve_dtype
 
 Values = dict[str, float | Float[Array, ""]]  # by dotted names, as in `recipe.flatten`
 
-PARTS = ("loss", "optim", "average")
+PARTS = ("model", "loss", "optim", "average")
 
 
 def tunable(recipe: Recipe) -> dict[str, float]:
@@ -47,7 +47,7 @@ def _walk(prefix: str, part: Any) -> Iterator[tuple[str, float]]:
         value = getattr(part, name)
         if dataclasses.is_dataclass(value):
             yield from _walk(f"{prefix}.{name}", value)
-        else:
+        elif isinstance(value, int | float):  # and not a part that is no dataclass
             yield f"{prefix}.{name}", float(value)
 
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fastcifar_jax.activations import Celu, Gelu, Relu
+from fastcifar_jax.activations import Celu, Gelu, Relu, _celu
 from fastcifar_jax.conv import conv
 from fastcifar_jax.model import Norm
 from fastcifar_jax.resnet9 import ResNet9
@@ -96,6 +96,17 @@ def test_celu_golden():
     assert float(Celu(0.3)(jnp.float32(-0.3))) == pytest.approx(-0.1896361676, rel=1e-6)
     assert float(Celu(0.075)(jnp.float32(-0.075))) == pytest.approx(-0.0474090419, rel=1e-6)
     assert Celu(0.3)(jnp.array([2.0])).tolist() == [2.0]
+
+
+@pytest.mark.parametrize("alpha", [0.075, 0.3, 2.0])
+def test_celu_slopes(alpha):
+    """With respect to both, against JAX's of the definition, in float64 and far out."""
+    celu = lambda x, alpha: jnp.maximum(x, 0) + jnp.minimum(alpha * jnp.expm1(x / alpha), 0)
+    with jax.enable_x64(True):
+        x = jnp.asarray([-1e3, -5.0, -0.3, -1e-3, 1e-3, 0.3, 5.0])
+        for argument in (0, 1):
+            slopes = [jax.vmap(jax.grad(f, argument), (0, None))(x, alpha) for f in (_celu, celu)]
+            np.testing.assert_allclose(*slopes, rtol=1e-9, atol=1e-12)
 
 
 def test_pooling_before_the_activation_is_the_same_function(key):

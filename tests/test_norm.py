@@ -9,13 +9,13 @@ from fastcifar_jax.pooling import max_pool
 EPS = 1e-5
 
 
-def plain(x, scale, bias, num_groups):
+def plain(x, scale, bias, eps, num_groups):
     """The definition, group by group, for JAX to differentiate."""
     y = jnp.zeros_like(x)
     for g in range(num_groups):
         group = x[g::num_groups]
         mean, var = group.mean((0, 1, 2), keepdims=True), group.var((0, 1, 2), keepdims=True)
-        normal = (group - mean) / jnp.sqrt(var + EPS)
+        normal = (group - mean) / jnp.sqrt(var + eps)
         y = y.at[g::num_groups].set(normal * scale[None, None, None] + bias[None, None, None])
     return y
 
@@ -25,8 +25,10 @@ def test_value_and_gradients_match_the_definition(num_groups):
     rng = np.random.default_rng(0)
     x, cotangent = (jnp.asarray(rng.normal(size=(8, 3, 5, 6)) * 2 + 1, jnp.float32) for _ in range(2))
     scale, bias = (jnp.asarray(rng.normal(size=6) + 1, jnp.float32) for _ in range(2))
-    found, vjp = jax.vjp(lambda *a: normalize_groups(*a, num_groups, EPS)[0], x, scale, bias)
-    expected, expected_vjp = jax.vjp(lambda *a: plain(*a, num_groups), x, scale, bias)
+    eps = jnp.float32(EPS)
+    norm = lambda x, scale, bias, eps: normalize_groups(x, scale, bias, num_groups, eps)[0]
+    found, vjp = jax.vjp(norm, x, scale, bias, eps)
+    expected, expected_vjp = jax.vjp(lambda *a: plain(*a, num_groups), x, scale, bias, eps)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
     for a, b in zip(vjp(cotangent), expected_vjp(cotangent), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)

@@ -136,7 +136,7 @@ def test_steps_give_their_state_away(final_run):
     """Donated: the memory of the old state is used for the new one."""
     recipe, _, _ = final_run
     programs = compile_programs(recipe, 4, DATASET, "python")
-    state = programs.init(jax.random.key(0), DATASET)
+    state = programs.init(tunable(recipe), jax.random.key(0), DATASET)
     plan = programs.plan(jax.random.key(1), np.int32(1), DATASET)
     programs.train_epoch(tunable(recipe), state, DATASET, plan, 1, None)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves((state.params, state.opt_state, state.average)))

@@ -13,6 +13,7 @@ from fastcifar_jax.tunable import program_key, tunable, with_tunable
 from tests.test_train import DATASET, NUM_TRAIN, numbers, small
 
 NAMES = (
+    "model.activation.alpha", "model.norm.momentum", "model.norm.eps", "model.whiten_eps", "model.output_scale",
     "loss.label_smoothing", "optim.peak_lr", "optim.momentum", "optim.weight_decay", "optim.bias_scale",
     "optim.schedule.warmup", "optim.schedule.end", "optim.schedule.flat_epochs", "average.decay",
 )  # fmt: skip
@@ -38,7 +39,7 @@ def test_names_and_values():
     values = tunable(final)
     assert tuple(values) == NAMES
     assert (values["optim.peak_lr"], values["optim.bias_scale"], values["average.decay"]) == (1.0, 64.0, 0.99)
-    assert "average.decay" not in tunable(baseline)
+    assert not {"average.decay", "model.activation.alpha"} & tunable(baseline).keys()
 
 
 def test_own_values_make_the_same_recipe():
@@ -71,7 +72,7 @@ def test_traced_numbers_are_those_compiled_in(programs):
 
 
 def test_what_is_not_a_tunable_number_is_another_program():
-    keys = {program_key(recipe) for recipe in (RECIPE, replace(RECIPE, name="other"), changed(RECIPE, NAMES[1]))}
+    keys = {program_key(recipe) for recipe in (RECIPE, replace(RECIPE, name="other"), changed(RECIPE, NAMES[0]))}
     assert len(keys) == 1
     for other in (replace(RECIPE, num_epochs=4), replace(RECIPE, average=None), override(RECIPE, "average.every=4")):
         assert program_key(other) not in keys
@@ -81,7 +82,7 @@ def test_numbers_stay_in_the_dtype_of_the_weights():
     """Weakly typed, as Python's numbers are; in 64-bit mode a strong one would make everything float64."""
     with jax.enable_x64(True):
         programs = compile_programs(RECIPE, 4, DATASET, "scan")
-        state = programs.init(jax.random.key(0), DATASET)
+        state = programs.init(tunable(RECIPE), jax.random.key(0), DATASET)
         plan = programs.plan(jax.random.key(1), np.int32(1), DATASET)
         state, _ = programs.train_epoch(tunable(RECIPE), state, DATASET, plan, 3, None)
         chex.assert_trees_all_equal_dtypes(state.params, jax.tree.map(lambda x: x.astype(jnp.float32), state.params))
