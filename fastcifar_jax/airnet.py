@@ -74,8 +74,8 @@ class AirNet:
 
     def with_width(self, width: int) -> "AirNet":
         """The same network with `width` channels in the first group; the others keep their ratio to it."""
-        first, *rest = self.channels
-        return dataclasses.replace(self, channels=(width, *(width * channels // first for channels in rest)))
+        first, second, third = self.channels
+        return dataclasses.replace(self, channels=(width, width * second // first, width * third // first))
 
     def __call__(self, num_classes: int, compute_dtype: str = "float32") -> Model:
         """The network's functions.

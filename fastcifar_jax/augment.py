@@ -62,6 +62,12 @@ class Crop:
 
     Attributes:
       padding: pixels on each side; the edge pixel is not repeated. 4 gives 9 x 9 = 81 options.
+
+    Example:
+      >>> image = jnp.arange(9.0).reshape(3, 3, 1)
+      >>> crop = Crop(padding=1)
+      >>> crop(image, crop.options(3, 3)[0])[:, :, 0].tolist()
+      [[4.0, 3.0, 4.0], [1.0, 0.0, 1.0], [4.0, 3.0, 4.0]]
     """
 
     padding: int = 4
@@ -118,6 +124,10 @@ class Cutout:
 
     Attributes:
       size: side of the square, in pixels. 8 on 32x32 gives 25 x 25 = 625 options.
+
+    Example:
+      >>> Cutout(size=2)(jnp.ones((3, 3, 1)), jnp.array([1, 0]))[:, :, 0].tolist()
+      [[1.0, 0.0, 0.0], [1.0, 0.0, 0.0], [1.0, 1.0, 1.0]]
     """
 
     size: int = 8
@@ -241,8 +251,8 @@ def normalize(pixels: Pixels, mean: tuple[float, ...], std: tuple[float, ...], d
       std: one a channel, in 0..255.
       dtype: of the result.
     """
-    mean, std = (jnp.asarray(constant, dtype)[None, None, None, :] for constant in (mean, std))
-    return (pixels.astype(dtype) - mean) / std
+    over_maps = lambda constant: jnp.asarray(constant, dtype)[None, None, None, :]
+    return (pixels.astype(dtype) - over_maps(mean)) / over_maps(std)
 
 
 def augment(

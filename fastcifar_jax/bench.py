@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple, cast
 
 from rich.console import Console
 
@@ -200,12 +200,13 @@ def _started() -> Iterator[Callable[[str], dict[str, Any]]]:
         tempfile.TemporaryFile("w+") as errors,  # not a pipe: a talkative worker would wait for a reader
         subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True) as worker,
     ):
+        commands, answers = cast(IO[str], worker.stdin), cast(IO[str], worker.stdout)
 
         def ask(line):
             with contextlib.suppress(BrokenPipeError):
-                worker.stdin.write(line + "\n")
-                worker.stdin.flush()
-            answer = worker.stdout.readline()
+                commands.write(line + "\n")
+                commands.flush()
+            answer = answers.readline()
             if answer:
                 return json.loads(answer)
             status = worker.wait()
@@ -218,4 +219,4 @@ def _started() -> Iterator[Callable[[str], dict[str, Any]]]:
         finally:
             worker.kill()
             with contextlib.suppress(BrokenPipeError):
-                worker.stdin.close()
+                commands.close()

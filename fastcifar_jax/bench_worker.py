@@ -157,7 +157,7 @@ def main() -> None:
     if task["kind"] == "jax":
         take, known = prepare_jax(recipe, dataset, len(info.classes))
     else:
-        twin = importlib.import_module(f"{folder.name}.torch_twin")
+        twin = importlib.import_module(f"{folder.name if folder else 'experiments'}.torch_twin")
         take, known = prepare_torch(
             recipe, dataset, len(info.classes), twin, task["torch_dtype"], task["compiled"], task["tuned"]
         )

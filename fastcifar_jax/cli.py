@@ -1,23 +1,26 @@
 """The commands; knows where experiments are found, nothing about any of them."""
 
-import functools
 import json
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn, get_args
+from typing import Any, NoReturn, get_args
 
 import click
 
-from fastcifar_jax import bench, conv, discover, hosts, records, report, runs
+from fastcifar_jax import bench, conv, discover, hosts, live, records, report, runs, saved
 from fastcifar_jax.compare_cli import compare, trade
 from fastcifar_jax.conv import default_driver, default_dtype
 from fastcifar_jax.mesh import Strategy, make_mesh
 from fastcifar_jax.model import PRECISIONS
 from fastcifar_jax.options import Invocation, RunOptions, make_jobs, refusals, run_options, seeds_option
+from fastcifar_jax.plot_cli import plot
 from fastcifar_jax.recipe import change
 from fastcifar_jax.records import Record, RecordError
+from fastcifar_jax.report_cli import report_command
+from fastcifar_jax.reproduce_cli import reproduce_command
+from fastcifar_jax.saved_cli import evaluate, predict
 from fastcifar_jax.train import check
 
 
@@ -93,6 +96,8 @@ def _mesh(context: click.Context, parameter: click.Parameter, value: str | None)
 @click.option("--strategy", type=click.Choice(get_args(Strategy)), help="What a device does with several seeds.")
 @click.option("--mesh", callback=_mesh, metavar="SEEDS[xBATCH]", help="Devices: 8 for so many seeds at once; 4x2.")
 @click.option("--distributed", is_flag=True, help="This is one of several processes; see docs/scaling.md.")
+@click.option("--save", is_flag=True, help="Also keep the trained models, beside their records.")
+@click.option("--log", type=click.Choice(("tensorboard",)), help="Also write epochs to OUT/tensorboard as they end.")
 @run_options
 @click.pass_obj
 def run(
@@ -102,6 +107,8 @@ def run(
     strategy: Strategy | None,
     mesh: tuple[int, int] | None,
     distributed: bool,
+    save: bool,
+    log: str | None,
     options: RunOptions,
 ) -> int:
     """Trains recipes: NAME is one that `list` shows, or the path of a Python file with a RECIPE or RECIPES.
@@ -111,6 +118,11 @@ def run(
     """
     console = report.make_console()
     together = bool(strategy or mesh or distributed)
+    for option, given in (("--checkpoint", options.checkpoint), ("--save", save), ("--log", log)):
+        if together and given:
+            raise click.UsageError(
+                f"{option} is for one seed after another; leave it out, or --strategy, --mesh and --distributed"
+            )
     if distributed:
         with refusals():
             conv.keep_freed_memory()  # before JAX starts its threads
@@ -119,38 +131,44 @@ def run(
     jobs, driver = make_jobs(invocation, names, options, console)
     if together and any(job.twin for job in jobs.values()):
         raise click.UsageError("torch: arms train one seed after another; leave out --strategy, --mesh, --distributed")
+    if save and any(job.twin for job in jobs.values()):
+        raise click.UsageError("torch: arms cannot be saved; leave out --save, or run them by themselves")
     writes = hosts.writes_records()
     with refusals():
+        for job in jobs.values() if save else ():
+            saved.check(job.recipe, job.data.info, job.data.dataset)
         known = {  # a damaged record is found before anything is trained
             (job.framework, job.recipe.hash, seed)
             for job in jobs.values()
             for seed in seeds
-            if writes and not options.again and runs.on_record(job, options.out, seed)
+            if writes and not options.again and runs.on_record(job, options.out, seed, save)
         }
         devices = make_mesh(*(mesh or (None, 1))) if together else None
+        write_live = live.tensorboard(options.out / "tensorboard") if log else None
         if writes:
-            records.make_folder(options.out)
+            runs.make_folders(jobs.values(), options.out)
     ended: list[Record] = []
     interrupted = ""
-    start = functools.partial(
-        runs.run_together if together else runs.make_runner,
-        console=console,
-        out=options.out,
-        driver=driver,
-        arguments=invocation.arguments,
-        again=options.again,
-        compiled={},
-    )
+    common: dict[str, Any] = {
+        "console": console,
+        "out": options.out,
+        "driver": driver,
+        "arguments": invocation.arguments,
+        "again": options.again,
+        "compiled": {},
+    }
     try:
         for job in jobs.values():
             before = len(ended)
-            if together:
+            if devices is not None:
                 try:
-                    start(job, seeds, ended, strategy=strategy or "loop", mesh=devices)
+                    runs.run_together(job, seeds, ended, strategy=strategy or "loop", mesh=devices, **common)
                 except runs.Refused as error:
                     raise click.UsageError(str(error)) from error
             else:
-                runner = start(job, ended)
+                runner = runs.make_runner(
+                    job, ended, checkpoints=options.checkpoint, save=save, log=write_live, **common
+                )
                 for seed in seeds:
                     runner(seed)
             finished = [record for record in ended[before:] if record.status == "finished"]
@@ -247,3 +265,8 @@ def doctor() -> None:
 
 commands.add_command(compare)
 commands.add_command(trade)
+commands.add_command(plot)
+commands.add_command(predict)
+commands.add_command(evaluate)
+commands.add_command(report_command)
+commands.add_command(reproduce_command)

@@ -78,7 +78,7 @@ def compare(
         if len(jobs) < 2:
             raise click.UsageError(f"{', '.join(names)} is one arm; a comparison needs two")
         with refusals():
-            records.make_folder(options.out)
+            runs.make_folders(jobs.values(), options.out)
             ended: list[Record] = []
             make = functools.partial(
                 runs.make_runner,
@@ -88,6 +88,7 @@ def compare(
                 driver=driver,
                 arguments=invocation.arguments,
                 again=options.again,
+                checkpoints=options.checkpoint,
                 compiled={},
             )
             runners = {name: make(job) for name, job in jobs.items()}
@@ -117,8 +118,10 @@ def _answer(arms: Sequence[Arm], question: Question, anyway: bool, console: Cons
 
 def _compare_until(runners, half_width, max_seeds, question, anyway, console) -> dict[str, Any]:
     """Looks after every block, each time at the confidence that leaves the looks together the one asked for."""
-    ended, count = {name: () for name in runners}, 0
-    for look in itertools.count(1):
+    ended: dict[str, tuple[Record, ...]] = {name: () for name in runners}
+    count = look = 0
+    while True:
+        look += 1
         seeds = range(count, min(FIRST_LOOK + BLOCK * (look - 1), max_seeds))
         count = seeds.stop
         for name, more in runs.run_in_turn(runners, seeds).items():
@@ -186,25 +189,28 @@ def trade(
     jobs, driver = make_jobs(invocation, (base, other), options, console)
     if len(jobs) != 2:
         raise click.UsageError(f"{base} and {other} stand for {len(jobs)} recipes; give two")
-    records.make_folder(options.out)
+    runs.make_folders(jobs.values(), options.out)
     ended: list[Record] = []
 
     def arm_of(name, job):
         job = job._replace(arm=name)
-        runner = runs.make_runner(job, ended, console, options.out, driver, invocation.arguments, again=options.again)
+        make = functools.partial(runs.make_runner, again=options.again, checkpoints=options.checkpoint)
+        runner = make(job, ended, console, options.out, driver, invocation.arguments)
         return Arm(name, tuple(map(runner, seeds)))
 
     (base_name, base_job), (name, job) = jobs.items()
 
-    def falling() -> Iterator[tuple[int, Arm]]:
-        for num_epochs in range(math.ceil(job.recipe.num_epochs), 0, -step):
+    def falling() -> Iterator[tuple[int | float, Arm]]:
+        for most in range(math.ceil(job.recipe.num_epochs), 0, -step):
             try:
-                num_epochs = min(num_epochs, job.recipe.num_epochs)  # 9.9, then 9, 8, ...
-                recipe = dataclasses.replace(job.recipe, num_epochs=num_epochs)
+                recipe = dataclasses.replace(job.recipe, num_epochs=min(most, job.recipe.num_epochs))  # 9.9, then 9
             except ValueError as error:
-                console.print(f"no run of {num_epochs} epochs: {error}", soft_wrap=True)
+                console.print(f"no run of {most} epochs: {error}", soft_wrap=True)
                 return
-            yield num_epochs, arm_of(f"{name}, {num_epochs} epochs", job._replace(recipe=recipe, as_published=False))
+            yield (
+                recipe.num_epochs,
+                arm_of(f"{name}, {recipe.num_epochs} epochs", job._replace(recipe=recipe, as_published=False)),
+            )
 
     with refusals():
         question = Question(metric=metric)

@@ -48,10 +48,14 @@ def arm_name(framework: str, name: str, assignments: Sequence[str] = ()) -> str:
 
 
 def parse_arm(text: str) -> tuple[str, str, str]:
-    """Framework, experiment and the beginning of the recipe's hash: "final", "torch:final", "final@1a2b".
+    """Framework, experiment and the beginning of the recipe's hash.
 
     Raises:
       ValueError: another form.
+
+    Example:
+      >>> parse_arm("final"), parse_arm("torch:final@1a2b")
+      (('jax', 'final', ''), ('torch', 'final', '1a2b'))
     """
     match = _ARM.fullmatch(text)
     if not match:
@@ -95,7 +99,7 @@ def check_comparable(arms: Sequence[Arm]) -> None:
     Raises:
       ValueError: they were trained or tested on different images; the message says what differs.
     """
-    kinds = {}
+    kinds: dict[tuple, tuple[str, Record]] = {}
     for arm in arms:
         for record in arm.records:
             kinds.setdefault((record.data["hash"], record.data["train"], record.data["test"]), (arm.name, record))
@@ -152,7 +156,7 @@ def compare(arms: Sequence[Arm], question: Question) -> dict[str, Any]:
 def values_of(arm: Arm, metric: str) -> dict[int, float]:
     """Seed -> value, for the finished runs."""
     scale = 100 if metric in ACCURACIES else 1
-    return {record.seed: scale * record.result[metric] for record in arm.records if record.status == "finished"}
+    return {record.seed: scale * record.result[metric] for record in arm.records if record.result}
 
 
 def _summary(arm, values, question):
@@ -206,8 +210,8 @@ def show(answer: dict[str, Any], console: Console) -> None:
     level = f"{100 * answer['confidence']:.4g} %"
     console.print(f"{answer['metric'].replace('_', ' ')}: mean and {level} interval (t) of each arm", soft_wrap=True)
     share = () if answer["threshold"] is None else ((f">= {answer['threshold']:g}", "right"),)
-    names = ("epochs", "n", "diverged", "mean", "sd", "interval", "s a run")
-    table = report.make_table("arm", *((name, "right") for name in names), *share)
+    columns = ["epochs", "n", "diverged", "mean", "sd", "interval", "s a run"]
+    table = report.make_table("arm", *((name, "right") for name in columns), *share)
     for arm in answer["arms"]:
         table.add_row(
             arm["name"], str(arm["num_epochs"]), str(arm["n"]), str(arm["diverged"] + arm["crashed"]),
@@ -217,9 +221,9 @@ def show(answer: dict[str, Any], console: Console) -> None:
     console.print(table)
 
     holm = len(answer["differences"]) > 1
-    names = ("difference", f"{level} interval (Welch)", "p", *(["p (Holm)"] if holm else []), "g", "r of pairs",
-             "paired interval", "runs for it")  # fmt: skip
-    table = report.make_table("of", "against", *((name, "right") for name in names))
+    columns = ["difference", f"{level} interval (Welch)", "p", *(["p (Holm)"] if holm else []), "g", "r of pairs",
+               "paired interval", "runs for it"]  # fmt: skip
+    table = report.make_table("of", "against", *((name, "right") for name in columns))
     for d in answer["differences"]:
         paired = d["paired"]
         table.add_row(

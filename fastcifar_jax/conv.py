@@ -23,7 +23,7 @@ import math
 import os
 import platform
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +57,7 @@ def way() -> tuple[Way, str]:
     """
     forced = os.environ.get("FASTCIFAR_CONV")
     if forced in ("lax", "onednn"):
-        return forced, f"forced by FASTCIFAR_CONV={forced}"
+        return cast(Way, forced), f"forced by FASTCIFAR_CONV={forced}"
     if forced:
         raise ValueError(f"FASTCIFAR_CONV is {forced!r}; set it to lax or onednn, or unset it")
     if jax.default_backend() != "cpu":
@@ -70,7 +70,7 @@ def way() -> tuple[Way, str]:
 @functools.cache
 def _tried() -> tuple[Way, str]:
     works, reason = onednn_trial.outcome()
-    return ("onednn" if works else "lax"), reason
+    return ("onednn", reason) if works else ("lax", reason)
 
 
 def conv(
@@ -295,7 +295,7 @@ def _multiplies_bfloat16() -> bool:
     return bool(_cpu_flags() & {"avx512_bf16", "amx_bf16"})
 
 
-def compiler_options() -> dict[str, int]:
+def compiler_options() -> dict[str, Any]:
     """Options for compiling a training program: vectors as wide as the CPU has them, which XLA halves by default."""
     return {"xla_cpu_prefer_vector_width": 512} if "avx512f" in _cpu_flags() and jax.default_backend() == "cpu" else {}
 

@@ -41,11 +41,12 @@ def find_experiments(folder: Path | None) -> list[Experiment]:
       ValueError: there are none.
     """
     experiments = []
-    for path in sorted(folder.glob("[!_]*.py")) if folder else ():
+    paths = sorted(folder.glob("[!_]*.py")) if folder else []
+    for path in paths:
         try:
             if "RECIPE" not in path.read_text(encoding="utf-8"):
                 continue  # not ours: nothing is imported that does not ask for it
-            experiments += _declared(importlib.import_module(f"{folder.name}.{path.stem}"), path)
+            experiments += _declared(importlib.import_module(f"{path.parent.name}.{path.stem}"), path)
         except Exception as error:
             print(f"warning: {path} is left out: {type(error).__name__}: {error}", file=sys.stderr)
     if not experiments:
@@ -107,6 +108,8 @@ def _import_file(path: Path) -> ModuleType:
         raise ValueError(f"there is no file {path}")
     # The whole path as the name: it collides with no module. Type hints are looked up in sys.modules.
     spec = importlib.util.spec_from_file_location(str(path.resolve()), path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"{path} is no Python file; give one whose name ends in .py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     try:

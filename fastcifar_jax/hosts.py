@@ -41,7 +41,7 @@ def initialize(
       ValueError: no cluster is found and the arguments do not describe one.
       RuntimeError: a device is in use already, or the others do not answer.
     """
-    given = {
+    given: dict[str, Any] = {
         "coordinator_address": coordinator_address or os.environ.get("JAX_COORDINATOR_ADDRESS"),
         "num_processes": _number(num_processes, "JAX_NUM_PROCESSES"),
         "process_id": _number(process_id, "JAX_PROCESS_ID"),

@@ -6,7 +6,7 @@ seed and device, so rounding differs, and nothing else.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -84,7 +84,7 @@ def compile_for_mesh(
     one, shared = P("seed"), P()
     spread = P("seed", "batch") if axis_name and whole_groups(num_groups, devices) else one
     average = {name: spread if name == "batch_stats" else one for name in state.average} if state.average else one
-    training = TrainState(one, one, one, spread, one, average)  # how a state lies between programs
+    training = TrainState._make((one, one, one, spread, one, average))  # how a state lies between programs
     lift = functools.partial(_over_seeds, strategy=strategy)
     # Some kinds of keys give other bits under vmap.
     draw = functools.partial(_over_seeds, strategy="loop" if strategy == "loop" else "map")
@@ -129,19 +129,20 @@ def compile_for_mesh(
             sums.append(on(*(x[size * devices :] for x in test)))
         return jax.tree.map(lambda *x: sum(x), *sums)
 
+    specs: dict[str, Any]
     if driver == "scan":
-        specs = (training, one, shared, shared, shared), (training, one)
+        specs = {"in_specs": (training, one, shared, shared, shared), "out_specs": (training, one)}
         args = (state, plan, dataset, index, values)
-        program = compiled(train_whole_epoch, args, *specs, donate=0, options=compiler_options())
+        program = compiled(train_whole_epoch, args, **specs, donate=0, options=compiler_options())
 
         def train_epoch(values, state, dataset, plan, num_steps, on_step):
             del on_step
             return program(state, plan, dataset, np.int32(num_steps), values)
 
     else:
-        specs = (training, one, one, shared, shared, shared), (training, one)
-        args = (state, totals, plan, dataset, index, values)
-        program = compiled(train_one_batch, args, *specs, donate=(0, 1), options=compiler_options())
+        specs = {"in_specs": (training, one, one, shared, shared, shared), "out_specs": (training, one)}
+        batch_args = (state, totals, plan, dataset, index, values)
+        program = compiled(train_one_batch, batch_args, **specs, donate=(0, 1), options=compiler_options())
 
         def train_epoch(values, state, dataset, plan, num_steps, on_step):
             del on_step
@@ -154,9 +155,9 @@ def compile_for_mesh(
         enter = jax.vmap(lambda state: functions.enter_evaluation(state, epoch))
         return jax.jit(enter, in_shardings=(lies(training),), out_shardings=lies(training)).lower(state).compile()
 
-    specs = (one, shared, shared), one
-    program_to_init = compiled(init, (raw, dataset, values), *specs, lie_out=training)
-    program_to_evaluate = compiled(evaluate, (state, dataset, values), *specs, lie_in=(training, shared, shared))
+    specs = {"in_specs": (one, shared, shared), "out_specs": one}
+    program_to_init = compiled(init, (raw, dataset, values), **specs, lie_out=training)
+    program_to_evaluate = compiled(evaluate, (state, dataset, values), **specs, lie_in=(training, shared, shared))
     first, later = entering(1), entering(2)  # all that the epoch's number matters for
     return Programs(
         init=lambda values, raw, dataset: program_to_init(raw, dataset, values),

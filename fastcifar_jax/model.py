@@ -53,7 +53,7 @@ class Model(NamedTuple):
     init: Callable[[PRNGKeyArray, Images], Variables]
     apply: Callable[[Variables, Images, bool], tuple[Logits, Params]]
     enter_evaluation: Callable[[Params], Params]
-    macs: Callable[[Variables, Images], dict[str, Any]]
+    macs: Callable[[Variables, Images | jax.ShapeDtypeStruct], dict[str, Any]]
     num_groups: int = 1
     split: Callable[[str], "Model"] | None = None
 

@@ -121,9 +121,10 @@ class Muon:
                 scale_by_steps(lambda step: lr * schedule(step)),
             )
 
+        dtype = jnp.dtype(self.compute_dtype) if self.compute_dtype else None
         kernels = optax.chain(
             optax.trace(decay=self.momentum, nesterov=True),
-            orthogonalize_kernels(self.newton_schulz_steps, self.compute_dtype and jnp.dtype(self.compute_dtype)),
+            orthogonalize_kernels(self.newton_schulz_steps, dtype),
             scale_by_steps(lambda step: self.lr * schedule(step)),
             renormalize_kernels(),
         )

@@ -5,6 +5,7 @@ wrong numbers. So a process of its own computes small convolutions and both grad
 compares them with lax.
 """
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
@@ -13,7 +14,6 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 SECONDS = 120  # a trial that takes longer has hung
@@ -50,13 +50,14 @@ def outcome() -> tuple[bool, str]:
     except (OSError, ValueError, KeyError, TypeError):
         pass
     works, reason = run_trial()
-    try:
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as temporary:
-            json.dump({"works": works, "reason": reason}, temporary)
-        os.replace(temporary.name, file)
-    except OSError:
-        pass
+        try:
+            temporary.write_text(json.dumps({"works": works, "reason": reason}))
+            os.replace(temporary, file)
+        finally:
+            temporary.unlink(missing_ok=True)
     return works, reason
 
 

@@ -235,7 +235,7 @@ class Lookahead:
 class FreezeState(NamedTuple):
     """Of `freeze_after`."""
 
-    count: Int[Array, ""]  # steps taken
+    step: Int[Array, ""]  # steps taken so far
 
 
 def freeze_after(pattern: str, num_steps: int) -> optax.GradientTransformation:
@@ -244,9 +244,9 @@ def freeze_after(pattern: str, num_steps: int) -> optax.GradientTransformation:
     def update(updates, state, params=None):
         del params
         groups = label_by_path(updates, {"frozen": pattern, "other": ""})
-        frozen = state.count >= num_steps
+        frozen = state.step >= num_steps
         stop = lambda u, group: jnp.where(frozen, jnp.zeros_like(u), u) if group == "frozen" else u
-        return jax.tree.map(stop, updates, groups), FreezeState(optax.safe_increment(state.count))
+        return jax.tree.map(stop, updates, groups), FreezeState(optax.safe_increment(state.step))
 
     return optax.GradientTransformation(lambda params: FreezeState(jnp.int32(0)), update)
 

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import importlib
 import itertools
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -20,6 +21,8 @@ from fastcifar_jax.model import PRECISIONS
 from fastcifar_jax.recipe import change, resolve_dtype
 from fastcifar_jax.runs import Job
 from fastcifar_jax.train import check
+
+MAX_ARMS = 10_000  # of a sweep
 
 
 class Invocation(NamedTuple):
@@ -42,6 +45,7 @@ class RunOptions(NamedTuple):
     driver: Driver | None
     out: Path
     again: bool
+    checkpoint: bool
 
 
 def run_options(command: Callable) -> Callable:
@@ -54,6 +58,7 @@ def run_options(command: Callable) -> Callable:
 
     folder = click.Path(file_okay=False, path_type=Path)
     for option in (
+        click.option("--checkpoint", is_flag=True, help="Save the state every epoch; go on from it if killed."),
         click.option("--again", is_flag=True, help="Also run what is on record as finished or diverged."),
         click.option("--out", type=folder, default="runs", show_default=True, help="Folder of the records."),
         click.option("--driver", type=click.Choice(("python", "scan")), help="The training loop; default by platform."),
@@ -72,15 +77,24 @@ def run_options(command: Callable) -> Callable:
 
 
 def variants(sweeps: Sequence[str]) -> list[tuple[str, ...]]:
-    """The assignments of each arm of a sweep: `a=1,2` and `b=3` are `("a=1", "b=3")` and `("a=2", "b=3")`.
+    """The assignments of each arm of a sweep.
 
     Returns:
       One empty tuple without sweeps.
+
+    Raises:
+      ValueError: more than `MAX_ARMS` of them.
+
+    Example:
+      >>> variants(["a=1,2", "b=3"])
+      [('a=1', 'b=3'), ('a=2', 'b=3')]
     """
     axes = []
     for text in sweeps:
         name, equals, values = text.partition("=")
         axes.append([f"{name}{equals}{value}" for value in values.split(",")])
+    if (count := math.prod(map(len, axes))) > MAX_ARMS:
+        raise ValueError(f"the sweeps make {count:,} arms of each recipe; give at most {MAX_ARMS:,}")
     return list(itertools.product(*axes))
 
 
@@ -89,13 +103,17 @@ def parse_seeds(text: str) -> range:
 
     Raises:
       ValueError: neither, or no seed.
+
+    Example:
+      >>> parse_seeds("5"), parse_seeds("3-9")
+      (range(0, 5), range(3, 10))
     """
     first, dash, last = text.partition("-")
-    if first.isdecimal() and (last.isdecimal() if dash else True):
+    if len(text) <= 30 and first.isdecimal() and (last.isdecimal() if dash else True):
         seeds = range(int(first), int(last) + 1) if dash else range(int(first))
-        if len(seeds) and seeds[-1] < 2**32:  # JAX drops the higher bits of a seed
+        if seeds and seeds[-1] < 2**32:  # JAX drops the higher bits of a seed
             return seeds
-    raise ValueError(f"{text!r} names no seeds; give a count such as 5 (seeds 0 to 4) or a range such as 0-9")
+    raise ValueError(f"{text!r:.80} names no seeds; give a count such as 5 (seeds 0 to 4) or a range such as 0-9")
 
 
 def seeds_option(default: str | None) -> Callable:
@@ -137,12 +155,14 @@ def make_jobs(
     with refusals():
         conv.tune_process()  # before anything asks JAX for a device
     load_once = functools.cache(lambda source: runs.load_data(source, options.limit_train, console))
-    jobs = {}
+    jobs: dict[str, Job] = {}
     with refusals():
         parsed = [parse_arm(text) for text in names]
+        if options.checkpoint and any(framework == "torch" for framework, _, _ in parsed):
+            raise ValueError("torch: arms have no checkpoints; leave out --checkpoint, or run them by themselves")
         found = [discover.resolve((name,), invocation.folder) for _, name, _ in parsed]  # all, before data are loaded
         for (framework, _, _), experiments in zip(parsed, found, strict=True):
-            twin = _torch_twin(invocation.folder) if framework == "torch" else None
+            twin = torch_twin(invocation.folder) if framework == "torch" else None
             for experiment, variant in itertools.product(experiments, variants(options.sweeps)):
                 arm = arm_name(framework, experiment.recipe.name, variant)
                 assignments = (*options.assignments, *variant)
@@ -159,7 +179,7 @@ def make_jobs(
     return jobs, options.driver or conv.default_driver()
 
 
-def _torch_twin(folder: Path | None) -> ModuleType:
+def torch_twin(folder: Path | None) -> ModuleType:
     """The experiments' PyTorch twin.
 
     Raises:

@@ -13,7 +13,7 @@ import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import IO, NamedTuple, cast
 
 import numpy as np
 
@@ -23,7 +23,9 @@ from fastcifar_jax.unpickle import text_of, unpickle
 MAX_BATCH = 512 << 20  # bytes of one CIFAR batch file; the largest real one, of CIFAR-100, has 155 MB
 MAX_ARCHIVE = 1 << 30  # bytes of a whole archive, unpacked; the real ones have 180 MB
 MAX_MEMBERS = 1000  # files in an archive; the real ones hold ten
+MAX_NAMES = 1 << 16  # bytes of the file of class names; CIFAR-100's have 1 kB
 MAX_ARRAY = 8 << 30  # bytes of one array of an npz file; ImageNet at 32x32 has 3.9 GB
+MAX_LABELS = 64 << 20  # bytes of the labels in an npz file; ImageNet's, as int64, have 10 MB
 MAX_IMAGE = 1 << 20  # bytes of one image file; 32x32 pixels uncompressed are 3 kB
 MAX_CLASSES = 1 << 16
 
@@ -144,7 +146,7 @@ def tar_members(file, name) -> dict[str, bytes]:
         compressed = file.read(2) == b"\x1f\x8b"
         file.seek(0)
         stream = _Bounded(gzip.GzipFile(fileobj=file) if compressed else file, name)
-        with tarfile.open(fileobj=stream, mode="r|") as archive:
+        with tarfile.open(fileobj=cast(IO[bytes], stream), mode="r|") as archive:
             for count, member in enumerate(archive):
                 path = PurePosixPath(member.name)
                 if count >= MAX_MEMBERS:
@@ -186,7 +188,7 @@ def _read_batches(layout, present, take: Callable[[str], bytes], where):
     if layout.names in present:
         with faults_of(f"{where}: {layout.names}"):
             classes = _class_names(take(layout.names), layout, f"{where}: {layout.names}")
-    digests = {}
+    digests: dict[str, str] = {}
 
     def split(names):
         parts = []
@@ -242,6 +244,8 @@ def binary_rows(data: bytes, columns: int, name: str) -> tuple[np.ndarray, np.nd
 
 
 def _class_names(data, layout, name):
+    if len(data) > MAX_NAMES:
+        raise DataError(f"{name} has {len(data):,} bytes; at most {MAX_NAMES:,} are read; fetch it again")
     if layout.columns:
         names = data.decode("latin1").split()
     else:
@@ -253,11 +257,11 @@ def _class_names(data, layout, name):
 
 
 def _bounded_bytes(path, limit):
-    with open(path, "rb") as file:
-        data = file.read(limit + 1)
-    if len(data) > limit:
+    if not path.is_file():  # a pipe would be waited for
+        raise DataError(f"{path} is a folder or no plain file; remove it")
+    if path.stat().st_size > limit:
         raise DataError(f"{path} has more than {limit} bytes, the most that is read")
-    return data
+    return path.read_bytes()
 
 
 # Keras-style npz files.
@@ -279,6 +283,9 @@ def _npz_array(archive, key, path):
     if f"{key}.npy" not in archive.namelist():
         raise DataError(f"{name} is missing, found {archive.namelist()[:9]}; write x_train, y_train, x_test and y_test")
     member = archive.getinfo(f"{key}.npy")
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        # Of these alone zipfile unpacks no more than was asked for; 4 kB of bzip2 can hold gigabytes.
+        raise DataError(f"{name} is packed by method {member.compress_type}; write it by np.savez or savez_compressed")
     with archive.open(member) as file:
         version = np.lib.format.read_magic(file)
         if version != (1, 0):  # later ones may carry headers of gigabytes
@@ -288,9 +295,9 @@ def _npz_array(archive, key, path):
             raise DataError(f"{name} is {dtype} {shape!s:.80}; expected uint8 images (n, 32, 32, 3)")
         if key[0] == "y" and (dtype.kind not in "iu" or len(shape) not in (1, 2)):
             raise DataError(f"{name} is {dtype} {shape!s:.80}; expected integer labels (n,)")
-        size = math.prod(shape) * dtype.itemsize
-        if size != member.file_size - file.tell() or size > MAX_ARRAY:
-            raise DataError(f"{name} claims {size} bytes of {member.file_size}; at most {MAX_ARRAY} are read")
+        size, most = math.prod(shape) * dtype.itemsize, MAX_ARRAY if key[0] == "x" else MAX_LABELS
+        if size != member.file_size - file.tell() or size > most:
+            raise DataError(f"{name} claims {size} bytes of {member.file_size}; at most {most} are read")
         array = np.empty(shape[::-1] if fortran else shape, dtype)
         view = memoryview(array.reshape(-1)).cast("B")
         done = 0

@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import hashlib
 import math
+import types
 import typing
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,6 +20,8 @@ from fastcifar_jax.resnet9 import ResNet9
 
 CIFAR10_MEAN = (125.31, 122.95, 113.87)  # of the training images, red green blue, 0..255
 CIFAR10_STD = (62.99, 62.09, 66.70)
+MAX_TEXT = 1000  # characters of an assigned value
+BELOW = 2**31  # of whole numbers; steps are counted in int32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,8 +94,8 @@ class Recipe:
 
     def __post_init__(self):
         for field in ("num_epochs", "batch_size", "init_images"):
-            if not 1 <= getattr(self, field) < math.inf:
-                raise ValueError(f"{field} is {getattr(self, field)}; give a number >= 1")
+            if not 1 <= getattr(self, field) < BELOW:
+                raise ValueError(f"{field} is {getattr(self, field)}; give a number from 1 to below 2**31")
         if self.compute_dtype not in ("auto", *PRECISIONS):
             raise ValueError(f"compute_dtype is {self.compute_dtype!r}; choose one of auto, {', '.join(PRECISIONS)}")
         if len(self.mean) != len(self.std) or min(self.std) <= 0:
@@ -115,6 +118,10 @@ def flatten(recipe: Recipe) -> dict[str, Any]:
     """The recipe as one level of dotted names: `{"optim": "Nesterov", "optim.peak_lr": 0.4, ...}`.
 
     Left out are `name` and `published`, as in the hash.
+
+    Example:
+      >>> flatten(Recipe())["optim"], flatten(Recipe())["augmentations.0.padding"]
+      ('Nesterov', 4)
     """
 
     def walk(prefix, value):
@@ -133,7 +140,12 @@ def flatten(recipe: Recipe) -> dict[str, Any]:
 
 
 def difference(recipe: Recipe, other: Recipe) -> dict[str, tuple[Any, Any]]:
-    """Dotted names whose values differ, as `(value in recipe, value in other)`; None where a part is absent."""
+    """Dotted names whose values differ, as `(value in recipe, value in other)`; None where a part is absent.
+
+    Example:
+      >>> difference(Recipe(num_epochs=10), Recipe())
+      {'num_epochs': (10, 24)}
+    """
     a, b = flatten(recipe), flatten(other)
     return {name: (a.get(name), b.get(name)) for name in {**a, **b} if a.get(name) != b.get(name)}
 
@@ -147,20 +159,32 @@ def override(recipe: Recipe, assignment: str) -> Recipe:
 
     Raises:
       ValueError: an unknown name (the nearest ones are listed), a value of another type, or one that the part refuses.
+
+    Example:
+      >>> override(Recipe(), "optim.peak_lr=0.8").optim.peak_lr
+      0.8
+      >>> override(Recipe(), "optim.peek_lr=0.8")
+      Traceback (most recent call last):
+      ValueError: recipe 'recipe' has no 'optim.peek_lr'; nearest: optim.peak_lr, optim.schedule, optim
     """
     name, equals, text = assignment.partition("=")
     if not equals:
-        raise ValueError(f"{assignment!r} is no assignment; write name=value, as in optim.peak_lr=0.8")
+        raise ValueError(f"{assignment!r:.80} is no assignment; write name=value, as in optim.peak_lr=0.8")
     name, text = name.strip(), text.strip()
+    if len(name) + len(text) > MAX_TEXT:
+        raise ValueError(f"{assignment!r:.80} has {len(assignment):,} characters; at most {MAX_TEXT} are read")
     known = flatten(recipe)
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
         raise ValueError(f"recipe {recipe.name!r} has no {name!r}; nearest: {', '.join(near) or 'see show'}")
     try:
         value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # all that it may raise
         value = text
-    return _replace_at(recipe, name.split("."), value, name)
+    try:
+        return _replace_at(recipe, name.split("."), value, name)
+    except (TypeError, ArithmeticError) as error:  # of a part that did not expect such a value
+        raise ValueError(f"{name} cannot be {value!r:.80} ({type(error).__name__}: {error})") from error
 
 
 def change(
@@ -173,7 +197,9 @@ def change(
     """
     for assignment in assignments:
         recipe = override(recipe, assignment)
-    changes = {"num_epochs": epochs, "compute_dtype": dtype}
+    if width is not None and not 1 <= width < BELOW:
+        raise ValueError(f"width is {width}; give a number of channels from 1 to below 2**31")
+    changes: dict[str, Any] = {"num_epochs": epochs, "compute_dtype": dtype}
     changes["model"] = None if width is None else recipe.model.with_width(width)
     recipe = dataclasses.replace(recipe, **{name: value for name, value in changes.items() if value is not None})
     return resolve_dtype(recipe)
@@ -203,11 +229,30 @@ def _checked(old: Any, value: Any, hint: Any, name: str) -> Any:
     """`value`, if it may stand where `old` stands."""
     if dataclasses.is_dataclass(old) and value is not None:
         raise ValueError(f"{name} is {old}: a part, not a number; set one of its fields, or write a recipe file")
+    if not _is_usable(value):
+        raise ValueError(f"{name} cannot be {value!r:.80}; give finite numbers, whole ones below 2**31")
     if isinstance(old, float) and type(value) is int:
         value = float(value)
-    if type(value) is type(old) or type(value) in typing.get_args(hint):
+    of_old_type = type(value) is type(old) and typing.get_origin(hint) is not tuple
+    if of_old_type or _allows(hint, value):
         return value
-    raise ValueError(f"{name} is {old!r}; expected {_hint_name(hint)}, got {value!r}")
+    raise ValueError(f"{name} is {old!r}; expected {_hint_name(hint)}, got {value!r:.200}")
+
+
+def _is_usable(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_usable, value))
+    return math.isfinite(value) if isinstance(value, float) else not isinstance(value, int) or abs(value) < BELOW
+
+
+def _allows(hint: Any, value: Any) -> bool:
+    """Whether the type hint of a field allows a value; how many items a tuple has is the part's to check."""
+    arguments = [argument for argument in typing.get_args(hint) if argument is not ...]
+    if typing.get_origin(hint) is tuple:
+        return type(value) is tuple and all(any(_allows(kind, item) for kind in arguments) for item in value)
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return any(_allows(kind, value) for kind in arguments)
+    return type(value) is hint or (hint is float and type(value) is int)
 
 
 def _hint_name(hint: Any) -> str:

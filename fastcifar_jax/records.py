@@ -9,6 +9,9 @@ import math
 import os
 import platform
 import re
+import stat
+import sys
+import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,11 @@ from fastcifar_jax import __version__
 from fastcifar_jax.types import EpochInfo
 
 STATUSES = ("finished", "diverged", "crashed")
+MAX_BYTES = 16 << 20  # of a record's file; an epoch takes about 330
+MAX_DEPTH = 50  # of lists and objects in each other
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # control characters, lone surrogates
+_DEVICE = ("kind", "platform", "count", "cpu", "cores")
+STALE_SECONDS = 3600  # after which whoever wrote a temporary file was killed
 RESULT = (
     "test_accuracy", "tta_accuracy", "train_seconds", "setup_seconds", "transfer_seconds", "compile_seconds",
     "images_per_second",
@@ -88,7 +96,7 @@ def path_of(out: Path, framework: str, experiment: str, recipe_hash: str, data_h
 
 
 def make_folder(out: Path) -> None:
-    """Makes the folder of all records.
+    """Makes a folder of records; takes away what killed writers left in it.
 
     Raises:
       RecordError: it cannot be made or written to.
@@ -97,6 +105,7 @@ def make_folder(out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
         if not os.access(out, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, "not writable")
+        _sweep(out)
     except OSError as error:
         raise RecordError(f"cannot write records to {out}: {error.strerror}; choose another --out") from error
 
@@ -123,9 +132,9 @@ def write(record: Record, out: Path, *, tta: bool = False) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if record.status == "finished":
-            _write_whole({log: dawnbench_log(record, tta), path: text})
+            write_whole({log: dawnbench_log(record, tta).encode(), path: text.encode()})
         else:
-            _write_whole({path: text})
+            write_whole({path: text.encode()})
             log.unlink(missing_ok=True)
     except OSError as error:
         raise RecordError(
@@ -142,7 +151,7 @@ def write_text(path: Path, text: str) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write_whole({path: text})
+        write_whole({path: text.encode()})
     except OSError as error:
         raise RecordError(f"cannot write {path}: {error.strerror or error}; choose another place") from error
 
@@ -155,13 +164,16 @@ def dumps(value: Any) -> str:
 def read(path: Path) -> Record:
     """The record in a file; numbers that were not finite are NaN.
 
+    The file may come from anywhere: nothing in it is executed, at most `MAX_BYTES` of it are read, and characters that
+    a terminal would obey are spelled out.
+
     Raises:
       RecordError: the file cannot be read or is no record.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = _bounded_bytes(path).decode()
         fields = json.loads(text, parse_constant=lambda name: _fault(f"{name} is not JSON"))
-        return _record(fields)
+        return _record(_printable(fields))
     except OSError as error:
         fault = error.strerror or str(error)
     except (ValueError, RecursionError) as error:  # of the JSON, of the encoding, and of `_fault`
@@ -189,7 +201,8 @@ def dawnbench_log(record: Record, tta: bool) -> str:
 
     The hours count what `train_seconds` counts, so the last line's are those of the result.
     """
-    seconds = record.result["transfer_seconds"] + record.result["setup_seconds"]
+    result = record.result or {}
+    seconds = result["transfer_seconds"] + result["setup_seconds"]
     lines = ["epoch\thours\ttop1Accuracy"]
     for epoch in record.epochs:
         seconds += epoch.train_seconds
@@ -225,13 +238,17 @@ def source_hash(experiment: Path) -> str:
     return digest.hexdigest()
 
 
-def _write_whole(texts):
-    """Puts texts into files in this order; a disk that fills up does so before the first is put in its place."""
-    temporaries = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in texts}
+def write_whole(contents: dict[Path, bytes]) -> None:
+    """Puts bytes into files in this order; a disk that fills up does so before the first is put in its place.
+
+    Raises:
+      OSError: they cannot be written; what was there before is still there.
+    """
+    temporaries = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in contents}
     try:
-        for path, text in texts.items():
-            with temporaries[path].open("w", encoding="utf-8") as file:
-                file.write(text)
+        for path, content in contents.items():
+            with temporaries[path].open("wb") as file:
+                file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
         for path, temporary in temporaries.items():
@@ -243,6 +260,14 @@ def _write_whole(texts):
         raise
 
 
+def _sweep(folder):
+    """Deletes the temporary files of `write_whole` that nobody is writing any more."""
+    for path in folder.glob(".*-seed*.tmp"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > STALE_SECONDS:
+                path.unlink()
+
+
 def _jsonable(value):
     if isinstance(value, dict):
         return {str(key): _jsonable(item) for key, item in value.items()}
@@ -252,6 +277,27 @@ def _jsonable(value):
         return value if math.isfinite(value) else None
     # A recipe may hold any value; what JSON does not know is kept as text.
     return value if value is None or isinstance(value, str | int) else repr(value)
+
+
+def _bounded_bytes(path):
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for
+        _fault("it is a directory or no plain file")
+    if status.st_size > MAX_BYTES:
+        _fault(f"it has more than {MAX_BYTES:,} bytes, the most that is read")
+    return path.read_bytes()
+
+
+def _printable(value, depth=0):
+    if depth > MAX_DEPTH:
+        _fault(f"it is nested more than {MAX_DEPTH} deep")
+    if isinstance(value, str):
+        return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), value)
+    if isinstance(value, list):
+        return [_printable(item, depth + 1) for item in value]
+    if isinstance(value, dict):
+        return {_printable(key): _printable(item, depth + 1) for key, item in value.items()}
+    return value
 
 
 def _record(fields):
@@ -274,9 +320,16 @@ def _record(fields):
         _fault(f"status is {fields['status']} and result is {fields['result']!r:.80}")
     if missing := {"source", "hash", "train", "test"} - fields["data"].keys():
         _fault(f"data lacks {', '.join(sorted(missing))}")
+    for name, kind in {"source": str, "hash": str, "train": int, "test": int}.items():
+        if type(fields["data"][name]) is not kind:
+            _fault(f"{name} of data is {fields['data'][name]!r:.80}; expected {kind.__name__}")
+    if missing := [name for name in _DEVICE if name not in fields["device"]]:
+        _fault(f"device lacks {', '.join(missing)}")
     epochs = fields["epochs"]
     if not isinstance(epochs, list) or not isinstance(fields["command"], list):
         _fault("epochs and command must be lists")
+    if not all(isinstance(text, str) for text in (*fields["command"], *fields["versions"].values())):
+        _fault("command and versions must be of texts")
     rows = tuple(EpochInfo(**_numbers(row, EpochInfo._fields, "a row of epochs")) for row in epochs)
     result = None if fields["result"] is None else _numbers(fields["result"], RESULT, "result")
     known = {name: fields[name] for name in annotated}
@@ -287,7 +340,9 @@ def _numbers(row, names, what):
     """The `names` of `row`, which must be numbers or null."""
     if not isinstance(row, dict) or not all(name in row for name in names):
         _fault(f"{what} is {row!r:.80}; expected {', '.join(names)}")
-    if bad := [name for name in names if row[name] is not None and type(row[name]) not in (int, float)]:
+    # Neither 1e999, which is read as infinity, nor a whole number that no float can hold.
+    is_number = lambda x: type(x) in (int, float) and abs(x) <= sys.float_info.max
+    if bad := [name for name in names if not (is_number(row[name]) or (row[name] is None and name != "epoch"))]:
         _fault(f"{bad[0]} in {what} is {row[bad[0]]!r:.80}; expected a number or null")
     return {name: math.nan if row[name] is None else row[name] for name in names}
 

@@ -4,12 +4,12 @@ import contextlib
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 from rich import box
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
@@ -105,7 +105,7 @@ def seed_line(arm: str, record: Record) -> str:
         return f"{label}: crashed: {record.error}"
     if record.status == "diverged":
         return f"{label}: {record.error}"
-    result = record.result
+    result = record.result or {}
     return (
         f"{label}: test {_percent2(result['test_accuracy'])}, TTA {_percent2(result['tta_accuracy'])}; "
         f"{result['train_seconds']:.2f} s training, {result['compile_seconds']:.2f} s compiling apart; "
@@ -117,7 +117,7 @@ def seeds_line(arm: str, records: Sequence[Record]) -> str:
     """Mean and sample standard deviation over the finished runs of one arm, at least two."""
     texts = []
     for label, name in (("test", "test_accuracy"), ("TTA", "tta_accuracy")):
-        values = [record.result[name] for record in records]
+        values = [record.result[name] for record in records if record.result]
         texts.append(f"{label} {_percent2(statistics.mean(values))}, s = {_percent2(statistics.stdev(values))}")
     return f"{arm}: n = {len(records)}; mean {'; '.join(texts)} (sample standard deviation)"
 
@@ -200,11 +200,11 @@ def epoch_row(info: EpochInfo, images_per_second: float) -> str:
     return f"{info.epoch:>5}{info.train_seconds:>10.2f}{info.train_loss:>10.4f}{accuracies}{images_per_second:>10,.0f}"
 
 
-def make_table(*columns: str | tuple[str, str]) -> Table:
+def make_table(*columns: str | tuple[str, JustifyMethod]) -> Table:
     """An empty table; a column is a name, or a name and its justification."""
     table = Table(box=box.SIMPLE_HEAD)
     for column in columns:
-        name, justify = column if isinstance(column, tuple) else (column, "left")
+        name, justify = (column, cast(JustifyMethod, "left")) if isinstance(column, str) else column
         table.add_column(name, justify=justify, overflow="fold")
     return table
 

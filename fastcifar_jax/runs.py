@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import functools
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -13,16 +14,26 @@ import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 
-from fastcifar_jax import conv, hosts, records, report
+from fastcifar_jax import checkpoint, conv, hosts, records, report, saved
 from fastcifar_jax.data import DataInfo, load
+from fastcifar_jax.live import Log
 from fastcifar_jax.mesh import Strategy
 from fastcifar_jax.recipe import Recipe, flatten
 from fastcifar_jax.records import Record, RecordError
 from fastcifar_jax.seeds import make_train_seeds
-from fastcifar_jax.train import Diverged, Driver, Programs, make_train, steps_of_epochs
-from fastcifar_jax.types import Dataset, EpochInfo, RunResult
+from fastcifar_jax.train import (
+    Diverged,
+    Driver,
+    Programs,
+    evaluated,
+    make_functions,
+    make_train,
+    shapes_of,
+    steps_of_epochs,
+)
+from fastcifar_jax.types import Dataset, EpochInfo, RunResult, Snapshot, TrainState
 
-Train = Callable[..., RunResult]  # (seed, on_epoch, on_step, on_compiled)
+Train = Callable[..., RunResult]  # (seed, on_epoch, on_step, on_compiled), in JAX with resume and on_snapshot
 
 
 class Refused(ValueError):
@@ -73,10 +84,25 @@ def load_data(source: str, limit_train: int | None, console: Console) -> LoadedD
     return LoadedData(dataset, info, seconds)
 
 
-def on_record(job: Job, out: Path, seed: int) -> Record | None:
-    """The record of a run that need not be repeated: the same seed diverges again, but may not crash again."""
-    path = records.path_of(out, job.framework, job.recipe.name, job.recipe.hash, job.data.info.hash, seed)
+def make_folders(jobs: Iterable[Job], out: Path) -> None:
+    """Makes the folders of the jobs' records.
+
+    Raises:
+      RecordError: one cannot be made or written to.
+    """
+    for job in jobs:
+        records.make_folder(_path_of(job, out, 0).parent)
+
+
+def on_record(job: Job, out: Path, seed: int, save: bool = False) -> Record | None:
+    """The record of a run that need not be repeated: the same seed diverges again, but may not crash again.
+
+    With `save` a finished run counts only if its model was saved too.
+    """
+    path = _path_of(job, out, seed)
     record = records.read(path) if path.exists() else None
+    if save and record and record.status == "finished" and not path.with_suffix(saved.SUFFIX).exists():
+        return None
     return record if record and record.status != "crashed" else None
 
 
@@ -89,6 +115,9 @@ def make_runner(
     arguments: tuple[str, ...],
     *,
     again: bool = False,
+    checkpoints: bool = False,
+    save: bool = False,
+    log: Log | None = None,
     compiled: dict[tuple, Programs] | None = None,
 ) -> Callable[[int], Record]:
     """The runs of one recipe, which compile once.
@@ -101,6 +130,9 @@ def make_runner(
       driver: of JAX's training loop.
       arguments: of the command, for the record.
       again: whether to run what is on record as well.
+      checkpoints: whether to save the state after every epoch, and to go on from what a killed run saved. JAX only.
+      save: whether to save the trained model beside the record. JAX only.
+      log: is told of every epoch as well.
       compiled: programs that the recipes of a sweep share.
 
     Returns:
@@ -115,14 +147,24 @@ def make_runner(
 
     def run(seed: int) -> Record:
         nonlocal compiles
-        known = None if again else on_record(job, out, seed)
+        known = None if again else on_record(job, out, seed, save)
         if known is not None:
             _show_known(job, known, new, console)
             ended.append(known)
             return known
         label = f"{job.arm}, seed {seed}"
-        with report.watch(console, label, recipe, info.train, compiles=compiles, each_step=each_step) as callbacks:
-            record, failure = _train_seed(dataclasses.replace(new, seed=seed), train, job.data, *callbacks)
+        of_seed, state_file = dataclasses.replace(new, seed=seed), checkpoint.path_of(_path_of(job, out, seed))
+        say = lambda text: console.print(f"{label}: {text}", soft_wrap=True)
+        resume = on_snapshot = None
+        if checkpoints:
+            resume, on_snapshot = checkpoint.keep(state_file, of_seed, lambda: _shapes_of_state(job), say)
+        save_model = (lambda run: _save_model(job, out, seed, run)) if save else None
+        with report.watch(console, label, recipe, info.train, compiles=compiles, each_step=each_step) as watching:
+            show, on_step, on_compiled = watching
+            on_epoch = show if log is None else _both(show, functools.partial(log, label))
+            record, failure = _train_seed(
+                of_seed, train, job.data, on_epoch, on_step, on_compiled, resume, on_snapshot, save_model
+            )
         compiles = False
         try:
             records.write(record, out, tta=recipe.published.tta)
@@ -130,6 +172,8 @@ def make_runner(
             if failure is None:
                 raise
             failure.add_note(str(error))
+        if record.status != "crashed":
+            checkpoint.remove(state_file)
         ended.append(record)
         console.print(report.seed_line(job.arm, record), soft_wrap=True)
         if failure is not None:
@@ -186,7 +230,7 @@ def run_together(
     if not todo:
         return
     new = dataclasses.replace(new, started=_now())
-    rows = {seed: [] for seed in todo}
+    rows: dict[int, list[EpochInfo]] = {seed: [] for seed in todo}
     steps_per_epoch = job.data.info.train // job.recipe.batch_size
 
     def end(record):
@@ -231,11 +275,27 @@ def run_in_turn(runners: dict[str, Callable[[int], Record]], seeds: Iterable[int
 
     A machine that slows down, or a driver that is updated overnight, then meets all of them alike.
     """
-    ended = {name: [] for name in runners}
+    ended: dict[str, list[Record]] = {name: [] for name in runners}
     for i, seed in enumerate(seeds):
         for name in list(runners)[:: 1 if i % 2 == 0 else -1]:
             ended[name].append(runners[name](seed))
     return ended
+
+
+def _path_of(job: Job, out: Path, seed: int) -> Path:
+    return records.path_of(out, job.framework, job.recipe.name, job.recipe.hash, job.data.info.hash, seed)
+
+
+def _save_model(job: Job, out: Path, seed: int, run: RunResult) -> None:
+    assert run.state is not None  # it is kept where seeds are trained one after another
+    accuracies = run.epochs[-1].test_accuracy, run.epochs[-1].tta_accuracy
+    model = saved.of_run(job.recipe, job.data.info, job.data.dataset, seed, evaluated(run.state), accuracies)
+    saved.write(model, _path_of(job, out, seed).with_suffix(saved.SUFFIX))
+
+
+def _shapes_of_state(job: Job) -> TrainState:
+    functions = make_functions(job.recipe, len(job.data.info.classes), job.data.info.train)
+    return shapes_of(functions, job.recipe, job.data.dataset).state
 
 
 def _new_record(job: Job, driver: Driver, arguments: tuple[str, ...]) -> Record:
@@ -267,9 +327,9 @@ def _trainer(job: Job, driver: Driver, compiled: dict[tuple, Programs] | None) -
     num_classes = len(job.data.info.classes)
     if job.twin is None:
         train = make_train(job.recipe, num_classes, driver, compiled)
-        return lambda seed, *callbacks: train(jax.random.key(seed), job.data.dataset, *callbacks)
+        return lambda seed, *callbacks, **kept: train(jax.random.key(seed), job.data.dataset, *callbacks, **kept)
     train = job.twin.make_train(job.recipe, num_classes)
-    arrays = Dataset(*(np.asarray(array) for array in job.data.dataset))
+    arrays = Dataset._make(np.asarray(array) for array in job.data.dataset)
     return lambda seed, *callbacks: train(seed, arrays, *callbacks)
 
 
@@ -284,6 +344,14 @@ def _show_known(job: Job, known: Record, new: Record, console: Console) -> None:
     console.print(f"{report.seed_line(job.arm, known)} (on record{other}; --again repeats it)", soft_wrap=True)
 
 
+def _both(first: report.OnEpoch, second: report.OnEpoch) -> report.OnEpoch:
+    def on_epoch(row):
+        first(row)
+        second(row)
+
+    return on_epoch
+
+
 def _train_seed(
     new: Record,
     train: Train,
@@ -291,6 +359,9 @@ def _train_seed(
     on_epoch: report.OnEpoch,
     on_step: report.OnStep | None,
     on_compiled: report.OnCompiled,
+    resume: Snapshot | None = None,
+    on_snapshot: Callable[[Snapshot], None] | None = None,
+    save: Callable[[RunResult], None] | None = None,
 ) -> tuple[Record, Exception | None]:
     """The record of one run, and the exception of a run that crashed."""
     rows = []
@@ -300,12 +371,17 @@ def _train_seed(
         on_epoch(row)
 
     new = dataclasses.replace(new, started=_now())
+    for row in resume.epochs if resume else ():
+        on_epoch_kept(row)
+    kept = {"resume": resume, "on_snapshot": on_snapshot} if on_snapshot else {}
     try:
-        run = train(new.seed, on_epoch_kept, on_step, on_compiled)
+        run = train(new.seed, on_epoch_kept, on_step, on_compiled, **kept)
     except Diverged as error:
         return _diverged(new, error), None
     except Exception as error:
         return _crashed(new, error, rows), error
+    if save is not None:
+        save(run)
     return _finished(new, run, data), None
 
 

@@ -21,6 +21,11 @@ def piecewise_linear(knots: tuple[float, ...], values: tuple[float, ...]) -> Sch
 
     Raises:
       ValueError: knots that do not increase, or another number of values.
+
+    Example:
+      >>> schedule = piecewise_linear((0, 5, 24), (0, 0.4, 0))
+      >>> [round(schedule(float(time)).item(), 4) for time in (0, 2.5, 5, 24, 30)]
+      [0.0, 0.2, 0.4, 0.0, 0.0]
     """
     if len(knots) != len(values) or len(knots) < 2:
         raise ValueError(f"{len(knots)} knots and {len(values)} values; give the same number of each, at least two")
@@ -46,6 +51,10 @@ class WarmupDecay:
       warmup: share of the run that the way up takes: E/5 in the post, 5/24 in its first steps.
       end: value at the last knot, as a share of the peak.
       flat_epochs: how many epochs the end value is held, in epochs.
+
+    Example:
+      >>> WarmupDecay(end=0.1, flat_epochs=2.0).knots(10)
+      (0.0, 2.0, 8.0)
     """
 
     warmup: float = 1 / 5
@@ -74,7 +83,12 @@ class WarmupDecay:
 
 
 def count_steps(num_epochs: float, steps_per_epoch: int) -> int:
-    """Steps of a run of `num_epochs` epochs, the last of which may be a part of one; rounded up."""
+    """Steps of a run of `num_epochs` epochs, the last of which may be a part of one; rounded up.
+
+    Example:
+      >>> count_steps(9.9, 48)
+      476
+    """
     return math.ceil(round(num_epochs * steps_per_epoch, 6))  # 48 * 9.9 is 475.20000000000005
 
 

@@ -76,6 +76,11 @@ def summarize(values: Floats, threshold: float | None = None, confidence: float 
 
     Raises:
       ValueError: no values.
+
+    Example:
+      >>> found = summarize([94.1, 94.2, 93.9, 94.0], threshold=94)
+      >>> found.n, round(found.mean, 2), round(found.low, 2), round(found.high, 2), found.share
+      (4, 94.05, 93.84, 94.26, 0.75)
     """
     n, mean, variance = _moments(values, 1, "values")
     half = _half_width(math.sqrt(variance / n), n - 1, _alpha(confidence))
@@ -91,6 +96,11 @@ def welch(a: Floats, b: Floats, confidence: float = 0.95) -> Difference:
 
     Raises:
       ValueError: fewer than two runs in an arm.
+
+    Example:
+      >>> found = welch([94.1, 94.2, 93.9, 94.0], [94.3, 94.5, 94.2, 94.4])
+      >>> round(found.estimate, 2), round(found.low, 2), round(found.high, 2), round(found.p_value, 3)
+      (0.3, 0.08, 0.52, 0.017)
     """
     (n_a, mean_a, variance_a), (n_b, mean_b, variance_b) = _moments(a, 2, "arm a"), _moments(b, 2, "arm b")
     estimate, (error, df) = mean_b - mean_a, _welch_error(variance_a, variance_b, n_a, n_b)
@@ -195,6 +205,10 @@ def runs_needed(sd_a: float, sd_b: float, difference: float, power: float = 0.8,
 
     Raises:
       ValueError: a difference of 0, a standard deviation below 0, or a power not between 0 and 1.
+
+    Example:
+      >>> runs_needed(0.14, 0.14, difference=0.1)
+      32
     """
     if difference == 0:
         raise ValueError("difference is 0, which no number of runs finds; give the smallest that would matter")
@@ -215,6 +229,10 @@ def holm(p_values: Floats) -> tuple[float, ...]:
 
     Raises:
       ValueError: a p-value outside 0..1.
+
+    Example:
+      >>> holm([0.01, 0.04, 0.03])
+      (0.03, 0.06, 0.06)
     """
     if bad := [p for p in p_values if not 0 <= p <= 1]:
         raise ValueError(f"p-value {bad[0]} is not between 0 and 1; leave out the tests that could not be made")

@@ -13,7 +13,7 @@ from fastcifar_jax.comparison import Arm, Question, compare, values_of
 
 
 def trade(
-    base: Arm, arms: Iterator[tuple[int, Arm]], question: Question, on_row: Callable[[dict[str, Any]], None]
+    base: Arm, arms: Iterator[tuple[int | float, Arm]], question: Question, on_row: Callable[[dict[str, Any]], None]
 ) -> dict[str, Any]:
     """Takes arms of falling epoch counts until one is no better than the base.
 

@@ -24,7 +24,7 @@ from fastcifar_jax.optim import Average, Progress
 from fastcifar_jax.recipe import Recipe, resolve_dtype
 from fastcifar_jax.schedules import count_steps
 from fastcifar_jax.tunable import Values, program_key, tunable, with_tunable
-from fastcifar_jax.types import Batch, Dataset, EpochInfo, Evaluation, RunResult, StepInfo, TrainState
+from fastcifar_jax.types import Batch, Dataset, EpochInfo, Evaluation, RunResult, Snapshot, StepInfo, TrainState
 
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, StepInfo]]
 
@@ -198,7 +198,7 @@ class Shapes(NamedTuple):
     """Shapes and dtypes of what a run's functions take."""
 
     key: jax.ShapeDtypeStruct
-    index: jax.ShapeDtypeStruct
+    index: jax.ShapeDtypeStruct  # type: ignore[assignment]  # a tuple's method in the class above
     state: TrainState
     totals: StepInfo
     plan: EpochPlan
@@ -223,7 +223,7 @@ def check(recipe: Recipe, num_classes: int, dataset: Dataset) -> None:
     Raises:
       ValueError: a recipe that does not fit the data or the machine.
     """
-    if recipe.compute_dtype == "float64" and not jax.config.jax_enable_x64:
+    if recipe.compute_dtype == "float64" and not jax.config.read("jax_enable_x64"):
         raise ValueError("float64 needs JAX's 64-bit mode; set the environment variable JAX_ENABLE_X64=1")
     functions = make_functions(recipe, num_classes, len(dataset.train_labels))
     shapes = shapes_of(functions, recipe, dataset)
@@ -244,7 +244,7 @@ class Programs(NamedTuple):
     """
 
     init: Callable[[Values, PRNGKeyArray, Dataset], TrainState]
-    plan: Callable[[PRNGKeyArray, Int[Array, ""], Dataset], EpochPlan]
+    plan: Callable[[PRNGKeyArray, Int[Array, ""] | np.int32, Dataset], EpochPlan]
     train_epoch: Callable[..., tuple[TrainState, StepInfo]]  # (values, state, dataset, plan, num_steps, on_step)
     enter_evaluation: Callable[[TrainState, int], TrainState]
     evaluate: Callable[[Values, TrainState, Dataset], Evaluation]
@@ -337,11 +337,12 @@ def make_train(
       compiled: programs to use and to add to, shared by the recipes of a sweep; None keeps them for this one alone.
 
     Returns:
-      `train(key, dataset, on_epoch=None, on_step=None, on_compiled=None) -> RunResult`. `on_epoch` is called with
-      each finished `EpochInfo`; `on_step(epoch, step, totals)` by the "python" driver after each step;
-      `on_compiled(seconds)` before the first. The first call compiles,
-      later ones with data of the same shapes do not. `train` raises `Diverged` at the end of an epoch whose loss is
-      not finite, and ValueError for a recipe that does not fit the data.
+      `train(key, dataset, on_epoch=None, on_step=None, on_compiled=None, resume=None, on_snapshot=None) -> RunResult`.
+      `on_epoch` is called with each finished `EpochInfo`; `on_step(epoch, step, totals)` by the "python" driver after
+      each step; `on_compiled(seconds)` before the first; `on_snapshot` before `on_epoch` with a `Snapshot`, from which
+      another call goes on that gets it as `resume`. The next epoch donates a snapshot's state: copy what is kept.
+      The first call compiles, later ones with data of the same shapes do not. `train` raises `Diverged` at the end of
+      an epoch whose loss is not finite, and ValueError for a recipe that does not fit the data.
     """
     driver = driver or default_driver()
     compiled = {} if compiled is None else compiled
@@ -353,6 +354,8 @@ def make_train(
         on_epoch: Callable[[EpochInfo], None] | None = None,
         on_step: Callable[[int, int, StepInfo], None] | None = None,
         on_compiled: Callable[[float], None] | None = None,
+        resume: Snapshot | None = None,
+        on_snapshot: Callable[[Snapshot], None] | None = None,
     ) -> RunResult:
         key_of_program = (program_key(recipe), num_classes, driver, *((a.shape, str(a.dtype)) for a in dataset))
         compile_seconds = 0.0
@@ -365,12 +368,14 @@ def make_train(
             on_compiled(compile_seconds)
 
         key_init, key_data = jax.random.split(key)
-        start = time.perf_counter()
-        state = jax.block_until_ready(programs.init(values, key_init, dataset))
-        setup_seconds = time.perf_counter() - start
-
-        epochs: list[EpochInfo] = []
-        for epoch, num_steps in enumerate(steps_of_epochs(recipe, programs.steps_per_epoch), start=1):
+        if resume is None:
+            start = time.perf_counter()
+            state = jax.block_until_ready(programs.init(values, key_init, dataset))
+            resume = Snapshot(state, (), time.perf_counter() - start)
+        state, rows, setup_seconds = resume
+        epochs = list(rows)
+        of_epochs = steps_of_epochs(recipe, programs.steps_per_epoch)
+        for epoch, num_steps in list(enumerate(of_epochs, start=1))[len(epochs) :]:
             start = time.perf_counter()
             plan = programs.plan(key_data, np.int32(epoch), dataset)
             step_seen = None if on_step is None else functools.partial(on_step, epoch)
@@ -383,6 +388,8 @@ def make_train(
             epochs.append(EpochInfo(epoch, seconds, loss, accuracy, *test))
             if not (math.isfinite(loss) and math.isfinite(epochs[-1].test_loss)):
                 raise Diverged(recipe.name, tuple(epochs))
+            if on_snapshot is not None:
+                on_snapshot(Snapshot(state, tuple(epochs), setup_seconds))
             if on_epoch is not None:
                 on_epoch(epochs[-1])
         num_images = count_steps(recipe.num_epochs, programs.steps_per_epoch) * recipe.batch_size

@@ -7,14 +7,14 @@ branches on a number that its parent names must set `TUNABLE` anew.
 
 import copy
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jaxtyping import Array, Float
 
 from fastcifar_jax.recipe import Published, Recipe, resolve_dtype
 
-Values = dict[str, float | Float[Array, ""]]  # by dotted names, as in `recipe.flatten`
+Values = Mapping[str, float | Float[Array, ""]]  # by dotted names, as in `recipe.flatten`
 
 PARTS = ("model", "loss", "optim", "average")
 

@@ -67,10 +67,18 @@ class EpochInfo(NamedTuple):
     tta_accuracy: float
 
 
+class Snapshot(NamedTuple):
+    """A run at the end of an epoch, from which it can go on."""
+
+    state: TrainState
+    epochs: tuple[EpochInfo, ...]  # the rows so far, at least one
+    setup_seconds: float  # whitening and initialisation
+
+
 class RunResult(NamedTuple):
     """A finished run."""
 
-    state: TrainState
+    state: TrainState | None  # None where many seeds are trained and their states not kept
     epochs: tuple[EpochInfo, ...]
     setup_seconds: float  # whitening and initialisation
     compile_seconds: float  # 0.0 when a run of the same recipe had compiled already

@@ -20,6 +20,7 @@ _OPCODES |= set("EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST LIST APPEND A
 _OPCODES |= set("EMPTY_DICT DICT SETITEM SETITEMS GLOBAL STACK_GLOBAL REDUCE BUILD".split())
 
 
+MAX_INSTRUCTIONS = 2_000_000  # CIFAR-100's largest pickle has 0.3 million; each may make an object of 100 bytes
 MAX_TUPLES_AGAIN = 16  # NumPy's own pickles use none twice
 
 
@@ -33,9 +34,11 @@ def unpickle(data: bytes) -> dict:
       Exception: of any kind, from the parser or for a pickle that asks for anything else: call it within `faults_of`.
     """
     memo, tuples, again, previous = 0, set(), 0, ""
-    for opcode, arg, _ in pickletools.genops(data):  # also checks that every length named is there
+    for count, (opcode, arg, _) in enumerate(pickletools.genops(data)):  # also checks that every length named is there
         name = opcode.name
-        if name not in _OPCODES or (name.endswith("PUT") and arg > len(data)):
+        if count >= MAX_INSTRUCTIONS:
+            raise pickle.UnpicklingError(f"it has more than {MAX_INSTRUCTIONS:,} instructions")
+        if name not in _OPCODES or (name.endswith("PUT") and (arg or 0) > len(data)):
             raise pickle.UnpicklingError(f"it holds the instruction {name} {arg!s:.50}")
         if name == "MEMOIZE" or name.endswith("PUT"):
             slot = memo if name == "MEMOIZE" else arg

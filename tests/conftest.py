@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from helpers_cli import TRICK, fake_make_train, train_and_test
 
-from fastcifar_jax import cli, data, runs
+from fastcifar_jax import cli, data, report, runs, train
+from fastcifar_jax.tunable import program_key
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -74,6 +75,43 @@ def trained(monkeypatch):
     raises, runs_made = {}, []
     monkeypatch.setattr(runs, "make_train", fake_make_train(lambda recipe, seed: (94 + seed) / 100, raises, runs_made))
     return raises, runs_made
+
+
+@pytest.fixture
+def at_epoch(monkeypatch):
+    """`at_epoch(k, action)`: what happens once, when epoch k of a run has ended and before it is shown."""
+    epoch_row = report.epoch_row
+
+    def at_epoch(epoch, action):
+        def show(info, rate):
+            if info.epoch == epoch:
+                monkeypatch.setattr(report, "epoch_row", epoch_row)
+                action()
+            return epoch_row(info, rate)
+
+        monkeypatch.setattr(report, "epoch_row", show)
+
+    return at_epoch
+
+
+@pytest.fixture(scope="session")
+def compiled_programs():
+    """What `compiled_once` has compiled."""
+    return {}
+
+
+@pytest.fixture
+def compiled_once(monkeypatch, compiled_programs):
+    """Real commands whose recipe is compiled for the first of them only."""
+    compile_programs = train.compile_programs
+
+    def compile_once(recipe, num_classes, dataset, driver):
+        key = (program_key(recipe), num_classes, driver, *(array.shape for array in dataset))
+        if key not in compiled_programs:
+            compiled_programs[key] = compile_programs(recipe, num_classes, dataset, driver)
+        return compiled_programs[key]
+
+    monkeypatch.setattr(train, "compile_programs", compile_once)
 
 
 @pytest.fixture(scope="module")

@@ -130,7 +130,7 @@ def test_torch_arms_are_kept_apart(arms, call, monkeypatch):
 
         return jax.random.key(seed)
 
-    monkeypatch.setattr("fastcifar_jax.options._torch_twin", lambda folder: Twin)
+    monkeypatch.setattr("fastcifar_jax.options.torch_twin", lambda folder: Twin)
     status, out, err = call("compare", "old.py", "torch:old.py", "--seeds", "3")
     assert (status, err) == (0, "") and "torch:old against old: lower" in out
     found = records.find(Path("runs"), framework="torch")

@@ -1,0 +1,32 @@
+"""Live logging for those who watch their runs in TensorBoard; the records do not need it."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from fastcifar_jax.types import EpochInfo
+
+Log = Callable[[str, EpochInfo], None]  # (label of the run, row of its epoch table)
+
+
+def tensorboard(folder: Path) -> Log:
+    """Writes each row of an epoch table as scalars, one TensorBoard run for each label.
+
+    Args:
+      folder: gets a folder of event files for each label.
+
+    Raises:
+      ValueError: tensorboardX is not installed.
+    """
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as error:
+        raise ValueError("--log tensorboard needs tensorboardX; pip install -e '.[tensorboard]'") from error
+
+    def log(label: str, row: EpochInfo) -> None:
+        # A writer an epoch: nothing has to be closed when a run is interrupted. Files are named by the second.
+        place = folder / label.replace("/", "_").replace(":", "_")
+        with SummaryWriter(str(place), filename_suffix=f".epoch{row.epoch}") as writer:
+            for name in EpochInfo._fields[1:]:
+                writer.add_scalar(name, getattr(row, name), row.epoch)
+
+    return log

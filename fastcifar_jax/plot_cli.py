@@ -1,0 +1,231 @@
+"""The command that draws: plots of recipes, of records, and of the networks."""
+
+import errno
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import click
+
+from fastcifar_jax import conv, discover, drawing, graph, plot_data, plots, records, report, runs
+from fastcifar_jax.activations import Celu, Gelu, Relu
+from fastcifar_jax.options import Invocation, refusals
+from fastcifar_jax.recipe import Recipe, change
+from fastcifar_jax.runs import LoadedData
+from fastcifar_jax.train import Diverged
+
+CIFAR10_TRAIN = 50_000  # images
+ALPHAS = (0.075, 0.3)  # of the ladder's CELUs
+
+
+@click.group()
+def plot() -> None:
+    """Draws pictures of recipes and records, as PNG or SVG."""
+
+
+def _form(context: click.Context, parameter: click.Parameter, value: Path) -> Path:
+    if value.suffix not in (".png", ".svg"):
+        raise click.BadParameter(f"{value} must end with .png or .svg", context, parameter)
+    return value
+
+
+def _options(*names: str) -> Callable:
+    """Gives a command --out and some of the options that `run` has too."""
+    known = {
+        "data": click.option(
+            "--data", metavar="SOURCE", help="A data set's name or a path; else $FASTCIFAR_DATA; else cifar10."
+        ),
+        "limit_train": click.option("--limit-train", type=int, metavar="N", help="The first N training images only."),
+        "epochs": click.option("--epochs", type=int, help="Moves the schedule's knots along; applied after --set."),
+        "width": click.option("--width", type=int, help="Channels of the first layer; the others keep their ratios."),
+        "assignments": click.option(
+            "--set", "assignments", multiple=True, metavar="NAME=VALUE", help="A value of `show`; repeats."
+        ),
+    }
+
+    def decorate(command):
+        path = click.Path(dir_okay=False, path_type=Path)
+        command = click.option("--out", type=path, required=True, callback=_form, help="A .png or .svg file.")(command)
+        for name in reversed(names):
+            command = known[name](command)
+        return command
+
+    return decorate
+
+
+@plot.command()
+@click.argument("name", default="baseline")
+@_options("data", "limit_train", "assignments")
+@click.pass_obj
+def augmentations(
+    invocation: Invocation, name: str, data: str | None, limit_train: int | None, assignments: Sequence[str], out: Path
+) -> None:
+    """The first 8 training images, as stored and in the first two epochs of recipe NAME (default: baseline)."""
+    recipe, loaded = _with_data(invocation, name, assignments, data, limit_train)
+    count, epochs = min(8, loaded.info.train), (1, 2)
+    with refusals(recipe.name):
+        pictures = plot_data.augmented(recipe, loaded.dataset, count, epochs)
+    titles = [loaded.info.classes[label] for label in loaded.dataset.train_labels[:count]]
+    _save(out, plots.augmentations, loaded.dataset.train_images[:count], pictures, epochs, titles)
+
+
+@plot.command()
+@click.argument("name", default="final")
+@click.option("--patch", type=click.IntRange(2, 3), default=3, show_default=True, help="Side of the patches, pixels.")
+@_options("data", "limit_train", "assignments")
+@click.pass_obj
+def whitening(
+    invocation: Invocation,
+    name: str,
+    patch: int,
+    data: str | None,
+    limit_train: int | None,
+    assignments: Sequence[str],
+    out: Path,
+) -> None:
+    """The eigenvectors of image patches, from the images that recipe NAME (default: final) starts with."""
+    recipe, loaded = _with_data(invocation, name, assignments, data, limit_train)
+    _save(out, plots.whitening, plot_data.eigen_patches(recipe, loaded.dataset, patch), recipe)
+
+
+@plot.command()
+@_options()
+def celu(out: Path) -> None:
+    """The activations of the recipes, and their slopes."""
+    celus = {f"CELU, alpha {alpha:g}": Celu(alpha) for alpha in ALPHAS}
+    _save(out, plots.activations, {"ReLU": Relu(), **celus, "GELU": Gelu()})
+
+
+@plot.command()
+@click.argument("names", metavar="[NAME]...", nargs=-1)
+@_options("epochs", "assignments")
+@click.pass_obj
+def schedule(
+    invocation: Invocation, names: Sequence[str], epochs: int | None, assignments: Sequence[str], out: Path
+) -> None:
+    """The learning rates of recipes (default: final) over a run on 50,000 images."""
+    rates = {}
+    for recipe in _recipes(invocation, names or ("final",), assignments, epochs):
+        with refusals():
+            steps_per_epoch = CIFAR10_TRAIN // recipe.batch_size
+            rates[recipe.name] = plot_data.learning_rates(recipe, max(1, steps_per_epoch))
+    _save(out, plots.schedules, rates)
+
+
+@plot.command("bn-dynamics")
+@click.argument("name", default="ghost_norm")
+@_options("data", "limit_train", "epochs", "width", "assignments")
+@click.pass_obj
+def bn_dynamics(
+    invocation: Invocation,
+    name: str,
+    data: str | None,
+    limit_train: int | None,
+    epochs: int | None,
+    width: int | None,
+    assignments: Sequence[str],
+    out: Path,
+) -> None:
+    """Trains recipe NAME (default: ghost_norm) and shows scales and biases of its norms after each epoch."""
+    with refusals():
+        plots.new_figure(1, 1)  # nothing is trained where it could not be drawn
+        conv.tune_process()
+    recipe, loaded = _with_data(invocation, name, assignments, data, limit_train, epochs, width)
+    _make_folder(out)
+    console = report.make_console()
+    on_epoch = lambda row: console.print(f"epoch {row.epoch}: training loss {row.train_loss:.4f}")
+    try:
+        with refusals():
+            history = plot_data.norm_history(recipe, len(loaded.info.classes), loaded.dataset, on_epoch)
+    except Diverged as error:
+        raise click.ClickException(str(error)) from error
+    title = f"{recipe.name}: the first 8 channels of each norm, {loaded.info.source}, seed 0"
+    _save(out, plots.norms, history, title)
+
+
+@plot.command()
+@click.argument("paths", metavar="[RUNS]...", nargs=-1, type=click.Path(path_type=Path))
+@_options()
+def convergence(paths: Sequence[Path], out: Path) -> None:
+    """Accuracy against epochs, from records of runs of several lengths: RUNS are folders or files (default: runs)."""
+    with refusals():
+        series = plot_data.lengths_of(_finished_arms(paths))
+    _save(out, plots.convergence, series)
+
+
+@plot.command()
+@click.argument("paths", metavar="[RUNS]...", nargs=-1, type=click.Path(path_type=Path))
+@_options()
+def curves(paths: Sequence[Path], out: Path) -> None:
+    """Accuracy and loss by epoch, from records: RUNS are folders or files (default: runs)."""
+    with refusals():
+        arms = _finished_arms(paths)
+    _save(out, plots.curves, arms)
+
+
+@plot.command()
+@click.argument("name", default="final")
+@_options("width", "assignments")
+@click.pass_obj
+def network(invocation: Invocation, name: str, width: int | None, assignments: Sequence[str], out: Path) -> None:
+    """The network of recipe NAME (default: final) for images of 32x32 and 10 classes."""
+    [recipe] = _recipes(invocation, (name,), assignments, None, width)
+    with refusals(recipe.name):
+        figure = drawing.draw(graph.graph_of(recipe.model(10, "float32")), recipe.name)
+    try:
+        _write(out, drawing.render(figure, out.suffix[1:]))
+    except drawing.NoDot as error:
+        out = out.with_suffix(".dot")
+        _write(out, figure.source.encode())
+        click.echo(f"{error}: where it is, dot -T svg -O {out} draws the picture")
+
+
+def _recipes(invocation, names, assignments, epochs=None, width=None) -> list[Recipe]:
+    with refusals():
+        found = discover.resolve(names, invocation.folder)
+        return [change(experiment.recipe, assignments, epochs, width, None) for experiment in found]
+
+
+def _with_data(invocation, name, assignments, data, limit_train, epochs=None, width=None) -> tuple[Recipe, LoadedData]:
+    """One recipe, and the images that it would be trained on."""
+    with refusals():
+        found = discover.resolve((name,), invocation.folder)
+        if len(found) > 1:
+            raise click.UsageError(f"{name} stands for {len(found)} recipes; name one")
+        recipe = change(found[0].recipe, assignments, epochs, width, None)
+        source = data or os.environ.get("FASTCIFAR_DATA") or found[0].data or "cifar10"
+        return recipe, runs.load_data(source, limit_train, report.make_console())
+
+
+def _finished_arms(paths: Sequence[Path]) -> list[plot_data.Arm]:
+    """Raises ValueError where no run has finished."""
+    arms = plot_data.arms_of(plot_data.read_runs(paths or (Path("runs"),)))
+    if not any(record.status == "finished" for arm in arms for record in arm.records):
+        raise ValueError(f"no run in {', '.join(map(str, paths)) or 'runs'} has finished; there is nothing to draw")
+    return arms
+
+
+def _save(out: Path, figure: Callable, *arguments) -> None:
+    with refusals():
+        picture = plots.render(figure, *arguments, form=out.suffix[1:])
+    _write(out, picture)
+
+
+def _make_folder(out: Path) -> None:
+    """Raises RecordError where no file can be put."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(out.parent, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, "not writable")
+    except OSError as error:
+        raise records.RecordError(f"cannot write {out}: {error.strerror}; choose another --out") from error
+
+
+def _write(out: Path, picture: bytes) -> None:
+    """Raises RecordError where the file cannot be written."""
+    _make_folder(out)
+    try:
+        records.write_whole({out: picture})
+    except OSError as error:
+        raise records.RecordError(f"cannot write {out}: {error.strerror or error}; choose another --out") from error
+    click.echo(f"wrote {out}")

@@ -1,0 +1,59 @@
+"""The command that makes a page of records."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from fastcifar_jax import discover, page, records, tables
+from fastcifar_jax.options import Invocation, refusals
+from fastcifar_jax.records import Record
+
+
+@click.command("report")
+@click.argument("runs", metavar="[RUNS...]", nargs=-1, type=click.Path(exists=True, path_type=Path))
+@click.option(
+    "--out", type=click.Path(dir_okay=False, path_type=Path), default="report.html", show_default=True,
+    help="The HTML page.",
+)  # fmt: skip
+@click.option(
+    "--markdown", "markdown_path", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
+    help="Also write the tables as GitHub Markdown.",
+)  # fmt: skip
+@click.pass_obj
+def report_command(invocation: Invocation, runs: tuple[Path, ...], out: Path, markdown_path: Path | None) -> None:
+    """Makes one HTML page of records, to be read without network or script.
+
+    RUNS are folders of records, as --out of `run` names them, or single records; by default the folder runs.
+    """
+    with refusals():
+        found = read(runs or (Path("runs"),))
+    try:
+        experiments = discover.find_experiments(invocation.folder)
+    except ValueError:  # outside a clone
+        experiments = []
+    if markdown_path and markdown_path.resolve() == out.resolve():
+        raise click.UsageError(f"--out and --markdown are both {out}; give two files")
+    groups = tables.grouped(found, experiments)
+    records.write_text(out, page.html(groups, experiments))
+    click.echo(f"{len(found)} records of {len(groups)} arms; page in {out}")
+    if markdown_path:
+        shown = [*tables.ladder(groups, experiments), *tables.run_tables(groups)]
+        records.write_text(markdown_path, tables.markdown(shown))
+        click.echo(f"tables in {markdown_path}")
+
+
+def read(paths: Sequence[Path]) -> list[Record]:
+    """The records in folders and files, each once.
+
+    Raises:
+      ValueError: there are none in one of them.
+      RecordError: a file is no record.
+    """
+    found: dict[Path, Record] = {}
+    for path in paths:
+        of_path = {path: records.read(path)} if path.is_file() else records.find(path)
+        if not of_path:
+            raise ValueError(f"no records in {path}; give the folder that --out of run named, or a record's JSON file")
+        found |= {file.resolve(): record for file, record in of_path.items()}
+    return list(found.values())

@@ -1,0 +1,131 @@
+"""Records to make a page of, tame and hostile, and a parser that takes the page apart."""
+
+import dataclasses
+import json
+import math
+from html.parser import HTMLParser
+from pathlib import Path
+
+from experiments.bag_of_tricks import baseline, celu, final
+from fastcifar_jax import records, tables
+from fastcifar_jax.discover import Experiment
+from fastcifar_jax.recipe import change, flatten
+from fastcifar_jax.types import EpochInfo
+
+EXPERIMENTS = [
+    Experiment(recipe, None, Path("ladder.py"), "ladder: three steps", None) for recipe in (baseline, celu, final)
+]
+VOID = {"meta", "link", "img", "br", "hr", "input"}
+NASTY = "\"'><script>alert(1)</script><img src=x onerror=alert(1)>|`*_\\ \x00\u202e &amp; " + "\u6f22" * 600
+
+
+def record(recipe=final, seed=0, status="finished", accuracy=0.9, seconds=10.0, **changes):
+    """A run of two epochs."""
+    recipe = change(recipe, (), None, None, "float32")
+    epochs = tuple(
+        EpochInfo(
+            i, seconds / 2, 2.0 / i, 0.3 * i, 1.5 / i, accuracy - 0.2 / i + 0.1, 1.4 / i, accuracy - 0.2 / i + 0.11
+        )
+        for i in (1, 2)
+    )
+    numbers = {"test_accuracy": accuracy, "tta_accuracy": accuracy + 0.01, "train_seconds": seconds}
+    result = {name: 1.0 for name in records.RESULT} | numbers
+    fields = {
+        "experiment": recipe.name,
+        "framework": "jax",
+        "recipe": json.loads(records.dumps(flatten(recipe))),
+        "recipe_repr": repr(recipe),
+        "recipe_hash": recipe.hash,
+        "seed": seed,
+        "status": status,
+        "error": None if status == "finished" else f"run {seed} {status}",
+        "data": {"source": "cifar10", "hash": "0123456789abcdef", "train": 50_000, "test": 10_000},
+        "device": {"kind": "cpu", "platform": "cpu", "count": 1, "cpu": "abacus", "cores": 2},
+        "versions": {"python": "3.11", "jax": "0.10"},
+        "source_hash": "ab",
+        "conv": "lax",
+        "driver": "scan",
+        "command": ("run", recipe.name),
+        "started": f"2026-01-01T00:00:0{seed}+00:00",
+        "epochs": epochs,
+        "result": result if status == "finished" else None,
+    }
+    return records.Record(**fields | changes)
+
+
+def arms_of(found):
+    return tables.grouped(found, EXPERIMENTS)
+
+
+MIXED = [
+    *(record(baseline, seed, accuracy=0.90 + 0.01 * seed, seconds=20 + seed) for seed in range(3)),
+    record(baseline, 3, "diverged"),
+    record(baseline, 4, "crashed", epochs=()),
+    *(record(final, seed, accuracy=0.92 + 0.005 * seed) for seed in range(2)),
+    record(dataclasses.replace(final, name="mine", num_epochs=3), accuracy=0.8),
+]
+
+
+class Page(HTMLParser):
+    """The elements of a page as `(name, attributes, ancestors)`, and the text that each holds itself."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.elements, self.open, self.texts = [], [], []
+        self.feed(text)
+        self.close()
+        assert not self.open, f"not closed: {self.open}"
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes), [self.elements[i][0] for i in self.open]))
+        self.texts.append("")
+        if tag not in VOID:
+            self.open.append(len(self.elements) - 1)
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.elements[self.open.pop()][0] == tag
+
+    def handle_data(self, data):
+        for i in self.open:
+            self.texts[i] += data
+
+    def named(self, tag):
+        return [
+            (attributes, text)
+            for (name, attributes, _), text in zip(self.elements, self.texts, strict=True)
+            if name == tag
+        ]
+
+
+def cells(table, name):
+    """The row of a table as a dict."""
+    row = next(row for row in table.rows if row[0] == name)
+    return dict(zip(table.columns, row, strict=True))
+
+
+def hostile(status="finished"):
+    """A record that `records.read` lets through, and nobody would write."""
+    wild = EpochInfo(1e300, math.nan, -5.0, 1e300, 1e-320, math.nan, math.inf, 1e15)
+    return dataclasses.replace(
+        record(status=status),
+        experiment=NASTY,
+        framework=NASTY,
+        recipe={NASTY: NASTY, "num_epochs": [NASTY], "compute_dtype": {NASTY: NASTY}},
+        recipe_hash=NASTY,
+        error=NASTY,
+        data={"source": NASTY, "hash": NASTY, "train": -(10**400), "test": 0},
+        device={"kind": NASTY, "platform": "gpu", "count": [NASTY], "cpu": NASTY, "cores": NASTY},
+        versions={NASTY: NASTY},
+        source_hash=NASTY,
+        conv=NASTY,
+        driver=NASTY,
+        command=(NASTY, NASTY),
+        started=f"z{NASTY}",  # the newest
+        strategy=NASTY,
+        mesh=NASTY,
+        epochs=(wild, wild._replace(epoch=-3, train_accuracy=-7.0, test_accuracy=0.5, train_loss=2.0, test_loss=3.0)),
+    )

@@ -1,0 +1,63 @@
+"""The documentation: links lead somewhere, Python runs, commands exist."""
+
+import re
+import shlex
+from pathlib import Path
+
+import click
+import pytest
+
+from fastcifar_jax.cli import commands
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+IDS = [str(page.relative_to(ROOT)) for page in PAGES]
+
+
+def fenced(page, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def slugs(page):
+    """The anchors that GitHub gives to a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=IDS)
+def test_links_lead_somewhere(page):
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith(("http://", "https://")):
+            continue  # there may be no network
+        name, _, anchor = target.partition("#")
+        file = page if not name else page.parent / name
+        assert file.exists(), f"{page.name} links to {target}"
+        if anchor:
+            assert anchor in slugs(file), f"{page.name} links to {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=IDS)
+def test_commands_are_ones_that_exist(page):
+    """Every `python -m experiments ...` of a page is parsed: an option that is gone would mislead."""
+    for line in "".join(fenced(page, "bash")).splitlines():
+        _, found, rest = line.partition("python -m experiments ")
+        if not found:
+            continue
+        name, *arguments = shlex.split(rest.split("#")[0])
+        command = commands.get_command(None, name)
+        assert command is not None, line
+        try:
+            command.make_context(name, [arg for arg in arguments if "*" not in arg or "/" not in arg], obj=None)
+        except click.UsageError as error:
+            # A record that a shell's pattern stands for is not there; all else must be known.
+            assert isinstance(error, click.MissingParameter) or "does not exist" in str(error), f"{line}: {error}"
+
+
+def test_python_of_the_api_page_runs(capsys):
+    namespace = {}
+    for block in fenced(ROOT / "docs" / "api.md", "python"):
+        exec(compile(block, "docs/api.md", "exec"), namespace)
+    assert namespace["run"].epochs[-1].test_accuracy > 0.5
+    assert int(namespace["state"].step) == 8
+    assert float(capsys.readouterr().out) == namespace["run"].epochs[-1].test_accuracy
