@@ -161,7 +161,7 @@ def tar_members(file, name) -> dict[str, bytes]:
                     raise DataError(f"{name}: {path} claims {member.size} bytes; at most {MAX_BATCH} are read")
                 if path.name in members:
                     raise DataError(f"{name} holds {path.name} twice; fetch the archive again")
-                members[path.name] = archive.extractfile(member).read()
+                members[path.name] = cast(IO[bytes], archive.extractfile(member)).read()
     return members
 
 
