@@ -1,5 +1,6 @@
 """Recipes compared by their records: one honest answer to whether a trick helps, by how much, and how sure that is."""
 
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -229,7 +230,7 @@ def show(answer: dict[str, Any], console: Console) -> None:
         table.add_row(
             d["of"], d["against"], f"{d['estimate']:+.2f}", f"{d['low']:+.2f} to {d['high']:+.2f}",
             f"{d['p_value']:.3g}", *([f"{d['p_holm']:.3g}"] if holm else []), f"{d['hedges_g']:+.2f}",
-            f"{paired['correlation']:+.2f}" if paired else "", _interval(paired), f"{d['runs_for_observed'] or ''}",
+            _correlation(paired), _interval(paired), f"{d['runs_for_observed'] or ''}",
         )  # fmt: skip
     console.print(table)
     for d in answer["differences"]:
@@ -258,6 +259,11 @@ def verdict(difference: dict[str, Any], unit: str, holm: bool) -> str:
     if d["runs_for_wish"]:
         text += f"; {d['runs_for_wish']:,} runs an arm to see the wished difference"
     return text
+
+
+def _correlation(paired):
+    """Empty where there is none: too few pairs, or an arm whose runs are all alike."""
+    return f"{paired['correlation']:+.2f}" if paired and not math.isnan(paired["correlation"]) else ""
 
 
 def _interval(paired):
