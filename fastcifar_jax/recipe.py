@@ -216,7 +216,8 @@ def _replace_at(node: Any, path: list[str], value: Any, name: str) -> Any:
     head, *rest = path
     if isinstance(node, tuple):
         i = int(head)
-        return (*node[:i], _replace_at(node[i], rest, value, name) if rest else value, *node[i + 1 :])
+        new = _replace_at(node[i], rest, value, name) if rest else _checked(node[i], value, type(node[i]), name)
+        return (*node[:i], new, *node[i + 1 :])
     old = getattr(node, head)
     if rest:
         new = _replace_at(old, rest, value, name)

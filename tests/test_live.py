@@ -1,5 +1,6 @@
 """Live logging writes what the epoch table says."""
 
+import json
 import struct
 
 import pytest
@@ -32,3 +33,12 @@ def test_every_number_of_the_table(tmp_path):
     [folder] = tmp_path.iterdir()
     expected = {(name, row.epoch): getattr(row, name) for row in ROWS for name in EpochInfo._fields[1:]}
     assert scalars(folder) == pytest.approx(expected)
+
+
+def test_log_of_a_run(workplace, call, trained):
+    status, _, err = call("run", "trick.py", "--data", "tiny.npz", "--log", "tensorboard")
+    assert (status, err) == (0, "")
+    found = scalars(workplace / "runs" / "tensorboard" / "trick, seed 0")
+    record = json.loads(next((workplace / "runs" / "trick").glob("*.json")).read_text())
+    assert found["test_accuracy", 1] == pytest.approx(record["epochs"][0]["test_accuracy"])
+    assert {step for _, step in found} == {row["epoch"] for row in record["epochs"]}

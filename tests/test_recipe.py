@@ -143,6 +143,7 @@ def test_override(assignment, name, value):
         ("batch_size=-1", "batch_size is -1"),
         ("augmentations.7.size=3", "nearest"),
         ("name=x", "has no 'name'"),
+        ("augmentations.0=1e999", "a part, not a number"),
     ],
 )
 def test_override_refuses(assignment, message):
