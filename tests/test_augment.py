@@ -194,3 +194,22 @@ def test_alternating_flip_shows_every_image_both_ways(key):
 def test_two_alternating_flips_are_drawn_apart(key):
     plan = plan_epoch(key, jnp.int32(1), PerExample(), (AlternatingFlip(), AlternatingFlip()), 100, 8, 8)
     assert not np.array_equal(*plan.choices)
+
+
+def test_settled_choices_have_a_key_that_no_epoch_has(key):
+    """Epochs count from 1, and 0 is the key of what is drawn once for the whole run."""
+    flips = (AlternatingFlip(), AlternatingFlip())
+    plan = plan_epoch(key, jnp.int32(3), PerExample(), flips, 100, 8, 8)
+    for i, (flip, choice) in enumerate(zip(flips, plan.choices, strict=True)):
+        expected = flip.settle(jax.random.fold_in(jax.random.fold_in(key, 0), i), jnp.int32(3), 100)
+        np.testing.assert_array_equal(choice, expected)
+
+
+def test_what_is_left_out_is_the_posts():
+    assert (Crop(), Cutout(), ShuffledGroups()) == (Crop(4), Cutout(8), ShuffledGroups(200))
+
+
+def test_the_least_that_parts_take():
+    images, first = jnp.asarray(images_of(2, 8)), (jnp.zeros(2, jnp.int32),)
+    np.testing.assert_array_equal(augment(images, (Crop(0),), first), images)
+    np.testing.assert_array_equal(augment(images, (Cutout(1),), first), images.at[:, 0, 0].set(0))
