@@ -209,7 +209,9 @@ def test_what_is_left_out_is_the_posts():
     assert (Crop(), Cutout(), ShuffledGroups()) == (Crop(4), Cutout(8), ShuffledGroups(200))
 
 
-def test_the_least_that_parts_take():
+def test_the_least_that_parts_take(key):
     images, first = jnp.asarray(images_of(2, 8)), (jnp.zeros(2, jnp.int32),)
     np.testing.assert_array_equal(augment(images, (Crop(0),), first), images)
     np.testing.assert_array_equal(augment(images, (Cutout(1),), first), images.at[:, 0, 0].set(0))
+    [choices] = plan_epoch(key, jnp.int32(1), ShuffledGroups(1), (Crop(1),), 10, 8, 8).choices
+    assert len(set(choices.tolist())) == 1
