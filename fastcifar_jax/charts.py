@@ -1,6 +1,7 @@
 """Charts as inline SVG: plain functions from numbers to markup, styled by the classes of the page that they stand in.
 
-Every chart is 360 units wide, the width of a phone, so that its letters keep their size there.
+Every chart is 360 units wide, the width of a phone, so that its letters keep their size there. They are not those of
+matplotlib (see `plots`): a page follows its reader's light or dark, speaks to a screen reader, and needs no extra.
 """
 
 import math

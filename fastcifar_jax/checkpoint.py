@@ -21,7 +21,7 @@ import safetensors.numpy
 
 from fastcifar_jax import records
 from fastcifar_jax.records import Record
-from fastcifar_jax.types import EpochInfo, Snapshot, TrainState
+from fastcifar_jax.types import EpochInfo, Snapshot, TrainState, by_path
 
 FORMAT = 1
 
@@ -46,7 +46,7 @@ def save(path: Path, snapshot: Snapshot, record: Record) -> None:
     Raises:
       CheckpointError: it cannot be written; what was there before is still there.
     """
-    leaves = {name: np.array(leaf, order="C") for name, leaf in _leaves(snapshot.state).items()}
+    leaves = {name: np.array(leaf, order="C") for name, leaf in by_path(snapshot.state).items()}
     about = {
         "made by": _made_by(record),
         "epochs": [row._asdict() for row in snapshot.epochs],
@@ -127,18 +127,13 @@ def keep(
     return resume, on_snapshot
 
 
-def _leaves(state: TrainState) -> dict[str, Any]:
-    """The leaves by their paths, such as ".params['prep']['kernel']"."""
-    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
-
-
 def _state(leaves: dict[str, np.ndarray], like: TrainState) -> TrainState:
     """The leaves in the structure of `like`.
 
     Raises:
       ValueError: they do not fit it.
     """
-    wanted = _leaves(like)
+    wanted = by_path(like)
     if wrong := sorted(wanted.keys() ^ leaves.keys()):
         raise ValueError(f"it holds other arrays than the run needs, {wrong[0]} to begin with")
     for name, leaf in wanted.items():

@@ -14,13 +14,26 @@ from fastcifar_jax.compare_cli import compare, trade
 from fastcifar_jax.conv import default_driver, default_dtype
 from fastcifar_jax.mesh import Strategy, make_mesh
 from fastcifar_jax.model import PRECISIONS
-from fastcifar_jax.options import Invocation, RunOptions, make_jobs, refusals, run_options, seeds_option
+from fastcifar_jax.options import (
+    Invocation,
+    RunOptions,
+    data_option,
+    json_option,
+    limit_train_option,
+    make_jobs,
+    refusals,
+    run_options,
+    seeds_option,
+    set_option,
+    width_option,
+)
 from fastcifar_jax.plot_cli import plot
 from fastcifar_jax.recipe import change
 from fastcifar_jax.records import Record, RecordError
 from fastcifar_jax.report_cli import report_command
 from fastcifar_jax.reproduce_cli import reproduce_command
 from fastcifar_jax.saved_cli import evaluate, predict
+from fastcifar_jax.together import Refused, run_together
 from fastcifar_jax.train import check
 
 
@@ -162,8 +175,8 @@ def run(
             before = len(ended)
             if devices is not None:
                 try:
-                    runs.run_together(job, seeds, ended, strategy=strategy or "loop", mesh=devices, **common)
-                except runs.Refused as error:
+                    run_together(job, seeds, ended, strategy=strategy or "loop", mesh=devices, **common)
+                except Refused as error:
                     raise click.UsageError(str(error)) from error
             else:
                 runner = runs.make_runner(
@@ -188,15 +201,15 @@ def run(
 @commands.command("bench")
 @click.argument("names", metavar="[NAME...]", nargs=-1)
 @click.option("--against", type=click.Choice(("torch",)), help="Also time the PyTorch twin (extra: compare).")
-@click.option("--data", metavar="SOURCE", help="A data set's name or a path; else $FASTCIFAR_DATA; else cifar10.")
-@click.option("--limit-train", type=int, metavar="N", help="Draw from the first N images only.")
-@click.option("--width", type=int, help="Channels of the first layer; the others keep their ratios.")
+@data_option
+@limit_train_option
+@width_option
 @click.option(
     "--dtype", "dtypes", multiple=True, type=click.Choice(tuple(PRECISIONS)), help="Repeats; default by platform."
 )
-@click.option("--set", "assignments", multiple=True, metavar="NAME=VALUE", help="Any value that `show` shows; repeats.")
+@set_option
 @click.option("--rounds", type=click.IntRange(bench.MIN_ROUNDS), default=7, show_default=True)
-@click.option("--json", "out", type=click.Path(dir_okay=False, path_type=Path), help="Also write the result there.")
+@json_option
 @click.pass_obj
 def bench_command(
     invocation: Invocation,
@@ -208,7 +221,7 @@ def bench_command(
     dtypes: tuple[str, ...],
     assignments: tuple[str, ...],
     rounds: int,
-    out: Path | None,
+    json_path: Path | None,
 ) -> None:
     """Times whole training steps of recipes, final and baseline by default, beside PyTorch's in one run."""
     console = report.make_console()
@@ -239,8 +252,8 @@ def bench_command(
         except bench.BenchError as error:
             raise click.ClickException(f"{recipe.name}: {error}") from error
         bench.show(found[-1], console)
-    if out is not None:
-        records.write_text(out, json.dumps(found, indent=1) + "\n")
+    if json_path:
+        records.write_text(json_path, json.dumps(found, indent=1) + "\n")
 
 
 @commands.command()

@@ -17,6 +17,7 @@ from fastcifar_jax.comparison import ACCURACIES, METRICS, Arm, Question
 from fastcifar_jax.options import (
     Invocation,
     RunOptions,
+    json_option,
     make_jobs,
     refusals,
     run_options,
@@ -28,10 +29,6 @@ from fastcifar_jax.records import Record
 
 FIRST_LOOK = 4  # seeds of each arm before the first look of --until
 BLOCK = 2  # seeds of each arm between two looks
-
-json_option = click.option(
-    "--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Also write the answer there."
-)
 
 
 @click.command()

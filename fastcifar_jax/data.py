@@ -12,6 +12,7 @@ import threading
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Array
 
 from fastcifar_jax import readers
 from fastcifar_jax.readers import DataError
@@ -78,11 +79,16 @@ def load(source: str | None = None, *, limit_train: int | None = None) -> tuple[
             )
         images, labels = dataset.train_images[:limit_train], dataset.train_labels[:limit_train]
         dataset = dataset._replace(train_images=images, train_labels=labels)
-    digest = hashlib.sha256()
-    for array in dataset:
-        digest.update(array.astype(array.dtype.newbyteorder("<"), copy=False).data)
-    info = DataInfo(source, digest.hexdigest(), classes, len(dataset.train_images), len(dataset.test_images))
+    info = DataInfo(source, hash_of(*dataset), classes, len(dataset.train_images), len(dataset.test_images))
     return dataset, info
+
+
+def hash_of(*arrays: np.ndarray | Array) -> str:
+    """SHA-256, in hexadecimal, of the bytes of arrays, little-endian."""
+    digest = hashlib.sha256()
+    for array in map(np.asarray, arrays):
+        digest.update(np.ascontiguousarray(array.astype(array.dtype.newbyteorder("<"), copy=False)).data)
+    return digest.hexdigest()
 
 
 def _digits():

@@ -2,17 +2,20 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array
 
 from fastcifar_jax.augment import normalize
 from fastcifar_jax.losses import num_correct
 from fastcifar_jax.types import Evaluation, Images, Labels, Logits, Pixels
 
 Predict = Callable[[Images], Logits]
+
+CHUNK = 500  # test images at a time
 
 
 class TTA(Protocol):
@@ -65,6 +68,10 @@ class SixViewTTA:
         """Weighted mean of the logits, in their dtype."""
         both_ways = lambda views: (predict(views) + predict(views[:, :, ::-1])) / 2
         _, height, width, _ = images.shape
+        if self.shift >= min(height, width):
+            raise ValueError(
+                f"SixViewTTA shifts by {self.shift} pixels; images of {height}x{width} can be shifted by fewer"
+            )
         edge = (self.shift, self.shift)
         padded = jnp.pad(images, ((0, 0), edge, edge, (0, 0)), mode="reflect")
         first, last = padded[:, :height, :width], padded[:, -height:, -width:]
@@ -80,7 +87,7 @@ def evaluate(
     mean: tuple[float, ...],
     std: tuple[float, ...],
     dtype=jnp.float32,
-    chunk: int = 500,
+    chunk: int = CHUNK,
 ) -> Evaluation:
     """Loss and correct answers over a test set, plain and with test-time augmentation.
 
@@ -103,11 +110,30 @@ def evaluate(
             loss(plain, labels).sum(), num_correct(plain, labels), loss(views, labels).sum(), num_correct(views, labels)
         )
 
-    whole = len(pixels) - len(pixels) % chunk
+    parts = in_chunks(sums, (pixels, labels), lambda stacked: stacked.sum(0), chunk)
+    return jax.tree.map(lambda *x: sum(x), *parts)
+
+
+def in_chunks(
+    f: Callable[..., Any], arrays: tuple[Array, ...], merge: Callable[[Array], Array], chunk: int = CHUNK
+) -> list[Any]:
+    """What a function gives for the whole chunks of many examples, one after another, and for those left over.
+
+    Args:
+      f: `f(*arrays)` of some examples.
+      arrays: of one length, at least 1.
+      merge: each array that `f` gives, stacked over the whole chunks, as one of all of them.
+      chunk: examples at a time.
+
+    Returns:
+      One or two results.
+    """
+    count = len(arrays[0])
+    whole = count - count % chunk
     parts = []
     if whole:
-        chunks = (pixels[:whole].reshape(-1, chunk, *pixels.shape[1:]), labels[:whole].reshape(-1, chunk))
-        parts.append(jax.tree.map(lambda x: x.sum(0), lax.map(lambda c: sums(*c), chunks)))
-    if whole < len(pixels):
-        parts.append(sums(pixels[whole:], labels[whole:]))
-    return jax.tree.map(lambda *x: sum(x), *parts)
+        chunks = tuple(x[:whole].reshape(-1, chunk, *x.shape[1:]) for x in arrays)
+        parts.append(jax.tree.map(merge, lax.map(lambda c: f(*c), chunks)))
+    if whole < count:
+        parts.append(f(*(x[whole:] for x in arrays)))
+    return parts

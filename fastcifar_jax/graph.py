@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, jaxprs_in_params
-from jax.tree_util import tree_leaves_with_path
 
 from fastcifar_jax.model import Model
+from fastcifar_jax.types import by_path
 
 KINDS = ("images", "convolution", "norm", "activation", "pool", "linear", "join", "other")
 
@@ -74,7 +74,7 @@ def graph_of(model: Model, height: int = 32, width: int = 32, channels: int = 3)
     images = jax.ShapeDtypeStruct((_IMAGES * model.num_groups, height, width, channels), jnp.float32)
     variables = jax.eval_shape(model.init, jax.eval_shape(lambda: jax.random.key(0)), images)
     trace = jax.make_jaxpr(lambda variables, images: model.apply(variables, images, True)[0])(variables, images)
-    arrays = {"/".join(str(entry.key) for entry in path): leaf for path, leaf in tree_leaves_with_path(variables)}
+    arrays = by_path(variables)
     reader = _Reader(images.shape)
     known = {
         var: _Value(statistics=True) if path.startswith("batch_stats/") else _Value(arrays=frozenset((path,)))

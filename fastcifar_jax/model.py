@@ -23,14 +23,15 @@ class Precision(NamedTuple):
     params: Any  # master copies of the weights
     activations: Any  # between the layers
     operands: Any  # of the convolutions' and the head's products
+    images: Any = jnp.float32  # once normalised; bfloat16 would lose two bits of the pixels
 
 
 PRECISIONS = {
     "float32": Precision(jnp.float32, jnp.float32, jnp.float32),
     "mixed": Precision(jnp.float32, jnp.float32, jnp.bfloat16),
     "bfloat16": Precision(jnp.float32, jnp.bfloat16, jnp.bfloat16),
-    "float16": Precision(jnp.float32, jnp.float16, jnp.float16),
-    "float64": Precision(jnp.float64, jnp.float64, jnp.float64),  # needs jax_enable_x64; for comparisons
+    "float16": Precision(jnp.float32, jnp.float16, jnp.float16, jnp.float16),  # images as in the original
+    "float64": Precision(jnp.float64, jnp.float64, jnp.float64, jnp.float64),  # needs jax_enable_x64; for comparisons
 }
 
 

@@ -10,7 +10,7 @@ import optax
 from jaxtyping import Array, Int
 
 from fastcifar_jax.schedules import Schedule, Triangle, WarmupDecay, count_steps
-from fastcifar_jax.types import Params
+from fastcifar_jax.types import Params, by_path
 
 
 class Optimizer(Protocol):
@@ -95,14 +95,13 @@ def label_by_path(params: Params, groups: dict[str, str]) -> Params:
       ValueError: a parameter that no pattern matches.
     """
 
-    def label(path, _):
-        name = "/".join(str(entry.key) for entry in path)
+    def label(name):
         for group, pattern in groups.items():
             if re.search(pattern, name):
                 return group
         raise ValueError(f"parameter {name} is in none of the groups {groups}; add a pattern that matches it")
 
-    return jax.tree_util.tree_map_with_path(label, params)
+    return jax.tree.unflatten(jax.tree.structure(params), map(label, by_path(params)))
 
 
 @dataclasses.dataclass(frozen=True)

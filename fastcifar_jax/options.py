@@ -48,6 +48,21 @@ class RunOptions(NamedTuple):
     checkpoint: bool
 
 
+# Options that several commands have.
+data_option = click.option(
+    "--data", metavar="SOURCE", help="A data set's name or a path; else $FASTCIFAR_DATA; else cifar10."
+)
+epochs_option = click.option("--epochs", type=int, help="Moves the schedule's knots along; applied after --set.")
+limit_train_option = click.option("--limit-train", type=int, metavar="N", help="The first N training images only.")
+width_option = click.option("--width", type=int, help="Channels of the first layer; the others keep their ratios.")
+set_option = click.option(
+    "--set", "assignments", multiple=True, metavar="NAME=VALUE", help="A value of `show`; repeats."
+)
+json_option = click.option(
+    "--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Also write the answer there."
+)
+
+
 def run_options(command: Callable) -> Callable:
     """Gives a command the options of `RunOptions`, which it receives as its argument `options`."""
 
@@ -63,14 +78,12 @@ def run_options(command: Callable) -> Callable:
         click.option("--out", type=folder, default="runs", show_default=True, help="Folder of the records."),
         click.option("--driver", type=click.Choice(("python", "scan")), help="The training loop; default by platform."),
         click.option("--sweep", "sweeps", multiple=True, metavar="NAME=V,V", help="An arm for each value; repeats."),
-        click.option("--set", "assignments", multiple=True, metavar="NAME=VALUE", help="A value of `show`; repeats."),
+        set_option,
         click.option("--dtype", type=click.Choice(tuple(PRECISIONS)), help="The compute dtype; default by platform."),
-        click.option("--width", type=int, help="Channels of the first layer; the others keep their ratios."),
-        click.option("--limit-train", type=int, metavar="N", help="Train on the first N images only."),
-        click.option("--epochs", type=int, help="Moves the schedule's knots along; applied after --set."),
-        click.option(
-            "--data", metavar="SOURCE", help="A data set's name or a path; else $FASTCIFAR_DATA; else cifar10."
-        ),
+        width_option,
+        limit_train_option,
+        epochs_option,
+        data_option,
     ):
         with_options = option(with_options)
     return with_options

@@ -1,6 +1,5 @@
 """The command that draws: plots of recipes, of records, and of the networks."""
 
-import errno
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,7 +8,15 @@ import click
 
 from fastcifar_jax import conv, discover, drawing, graph, plot_data, plots, records, report, runs
 from fastcifar_jax.activations import Celu, Gelu, Relu
-from fastcifar_jax.options import Invocation, refusals
+from fastcifar_jax.options import (
+    Invocation,
+    data_option,
+    epochs_option,
+    limit_train_option,
+    refusals,
+    set_option,
+    width_option,
+)
 from fastcifar_jax.recipe import Recipe, change
 from fastcifar_jax.runs import LoadedData
 from fastcifar_jax.train import Diverged
@@ -29,33 +36,17 @@ def _form(context: click.Context, parameter: click.Parameter, value: Path) -> Pa
     return value
 
 
-def _options(*names: str) -> Callable:
-    """Gives a command --out and some of the options that `run` has too."""
-    known = {
-        "data": click.option(
-            "--data", metavar="SOURCE", help="A data set's name or a path; else $FASTCIFAR_DATA; else cifar10."
-        ),
-        "limit_train": click.option("--limit-train", type=int, metavar="N", help="The first N training images only."),
-        "epochs": click.option("--epochs", type=int, help="Moves the schedule's knots along; applied after --set."),
-        "width": click.option("--width", type=int, help="Channels of the first layer; the others keep their ratios."),
-        "assignments": click.option(
-            "--set", "assignments", multiple=True, metavar="NAME=VALUE", help="A value of `show`; repeats."
-        ),
-    }
-
-    def decorate(command):
-        path = click.Path(dir_okay=False, path_type=Path)
-        command = click.option("--out", type=path, required=True, callback=_form, help="A .png or .svg file.")(command)
-        for name in reversed(names):
-            command = known[name](command)
-        return command
-
-    return decorate
+out_option = click.option(
+    "--out", type=click.Path(dir_okay=False, path_type=Path), required=True, callback=_form, help="A .png or .svg file."
+)
 
 
 @plot.command()
 @click.argument("name", default="baseline")
-@_options("data", "limit_train", "assignments")
+@data_option
+@limit_train_option
+@set_option
+@out_option
 @click.pass_obj
 def augmentations(
     invocation: Invocation, name: str, data: str | None, limit_train: int | None, assignments: Sequence[str], out: Path
@@ -72,7 +63,10 @@ def augmentations(
 @plot.command()
 @click.argument("name", default="final")
 @click.option("--patch", type=click.IntRange(2, 3), default=3, show_default=True, help="Side of the patches, pixels.")
-@_options("data", "limit_train", "assignments")
+@data_option
+@limit_train_option
+@set_option
+@out_option
 @click.pass_obj
 def whitening(
     invocation: Invocation,
@@ -89,7 +83,7 @@ def whitening(
 
 
 @plot.command()
-@_options()
+@out_option
 def celu(out: Path) -> None:
     """The activations of the recipes, and their slopes."""
     celus = {f"CELU, alpha {alpha:g}": Celu(alpha) for alpha in ALPHAS}
@@ -98,7 +92,9 @@ def celu(out: Path) -> None:
 
 @plot.command()
 @click.argument("names", metavar="[NAME]...", nargs=-1)
-@_options("epochs", "assignments")
+@epochs_option
+@set_option
+@out_option
 @click.pass_obj
 def schedule(
     invocation: Invocation, names: Sequence[str], epochs: int | None, assignments: Sequence[str], out: Path
@@ -114,7 +110,12 @@ def schedule(
 
 @plot.command("bn-dynamics")
 @click.argument("name", default="ghost_norm")
-@_options("data", "limit_train", "epochs", "width", "assignments")
+@data_option
+@limit_train_option
+@epochs_option
+@width_option
+@set_option
+@out_option
 @click.pass_obj
 def bn_dynamics(
     invocation: Invocation,
@@ -131,7 +132,7 @@ def bn_dynamics(
         plots.new_figure(1, 1)  # nothing is trained where it could not be drawn
         conv.tune_process()
     recipe, loaded = _with_data(invocation, name, assignments, data, limit_train, epochs, width)
-    _make_folder(out)
+    records.make_folder(out.parent)
     console = report.make_console()
     on_epoch = lambda row: console.print(f"epoch {row.epoch}: training loss {row.train_loss:.4f}")
     try:
@@ -145,7 +146,7 @@ def bn_dynamics(
 
 @plot.command()
 @click.argument("paths", metavar="[RUNS]...", nargs=-1, type=click.Path(path_type=Path))
-@_options()
+@out_option
 def convergence(paths: Sequence[Path], out: Path) -> None:
     """Accuracy against epochs, from records of runs of several lengths: RUNS are folders or files (default: runs)."""
     with refusals():
@@ -155,7 +156,7 @@ def convergence(paths: Sequence[Path], out: Path) -> None:
 
 @plot.command()
 @click.argument("paths", metavar="[RUNS]...", nargs=-1, type=click.Path(path_type=Path))
-@_options()
+@out_option
 def curves(paths: Sequence[Path], out: Path) -> None:
     """Accuracy and loss by epoch, from records: RUNS are folders or files (default: runs)."""
     with refusals():
@@ -165,7 +166,9 @@ def curves(paths: Sequence[Path], out: Path) -> None:
 
 @plot.command()
 @click.argument("name", default="final")
-@_options("width", "assignments")
+@width_option
+@set_option
+@out_option
 @click.pass_obj
 def network(invocation: Invocation, name: str, width: int | None, assignments: Sequence[str], out: Path) -> None:
     """The network of recipe NAME (default: final) for images of 32x32 and 10 classes."""
@@ -211,21 +214,6 @@ def _save(out: Path, figure: Callable, *arguments) -> None:
     _write(out, picture)
 
 
-def _make_folder(out: Path) -> None:
-    """Raises RecordError where no file can be put."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        if not os.access(out.parent, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, "not writable")
-    except OSError as error:
-        raise records.RecordError(f"cannot write {out}: {error.strerror}; choose another --out") from error
-
-
 def _write(out: Path, picture: bytes) -> None:
-    """Raises RecordError where the file cannot be written."""
-    _make_folder(out)
-    try:
-        records.write_whole({out: picture})
-    except OSError as error:
-        raise records.RecordError(f"cannot write {out}: {error.strerror or error}; choose another --out") from error
+    records.write_bytes(out, picture)
     click.echo(f"wrote {out}")

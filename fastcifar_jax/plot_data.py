@@ -9,16 +9,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import tree_leaves_with_path
 
 from fastcifar_jax import records
 from fastcifar_jax.augment import augment, normalize, plan_epoch
 from fastcifar_jax.comparison import Arm, arm_name
 from fastcifar_jax.recipe import Recipe
 from fastcifar_jax.records import Record
-from fastcifar_jax.schedules import Triangle, count_steps
+from fastcifar_jax.schedules import count_steps
 from fastcifar_jax.train import make_train
-from fastcifar_jax.types import Dataset, EpochInfo
+from fastcifar_jax.types import Dataset, EpochInfo, by_path
 from fastcifar_jax.whitening import patch_moments
 
 
@@ -89,8 +88,8 @@ def learning_rates(recipe: Recipe, steps_per_epoch: int) -> Rates:
         )
     steps = np.arange(num_steps + 1, dtype=np.float32)
     epochs = steps / steps_per_epoch
-    by_steps = isinstance(schedule, Triangle)
-    share = schedule(num_steps)(jnp.asarray(steps)) if by_steps else schedule(recipe.num_epochs)(jnp.asarray(epochs))
+    in_steps = getattr(schedule, "IN_STEPS", False)
+    share = schedule(num_steps)(jnp.asarray(steps)) if in_steps else schedule(recipe.num_epochs)(jnp.asarray(epochs))
     return Rates(epochs, peak * np.asarray(share), type(optim).__name__)
 
 
@@ -124,14 +123,14 @@ def norm_history(
     images = jax.ShapeDtypeStruct((1, *dataset.train_images.shape[1:]), jnp.float32)
     model = recipe.model(num_classes, "float32")  # the dtype is of no consequence here
     variables = jax.eval_shape(model.init, jax.eval_shape(lambda: jax.random.key(0)), images)
-    layers = {path.rpartition("/")[0] for path in _by_path(variables["batch_stats"])}
-    matches = [re.fullmatch("(.*)/(scale|bias)", path) for path in _by_path(variables["params"])]
+    layers = {path.rpartition("/")[0] for path in by_path(variables["batch_stats"])}
+    matches = [re.fullmatch("(.*)/(scale|bias)", path) for path in by_path(variables["params"])]
     history: dict[str, list[np.ndarray]] = {match[0]: [] for match in matches if match and match[1] in layers}
     if not history:
         raise ValueError(f"{recipe.name}: its network has no batch norm with a trained scale or bias")
 
     def keep(snapshot):
-        arrays = _by_path(snapshot.state.params)
+        arrays = by_path(snapshot.state.params)
         for path, rows in history.items():
             rows.append(np.array(arrays[path]))  # a copy: the next epoch overwrites the state
 
@@ -144,15 +143,10 @@ def read_runs(paths: Iterable[Path]) -> list[Record]:
     """The records in files and folders: `runs`, `runs/final` or `runs/final/....json`.
 
     Raises:
-      ValueError: a path that holds no record, or of runs on different images, or two of one run.
-      RecordError: a JSON file that is no record.
+      ValueError: runs on different images, or two records of one run.
+      RecordError: a path that holds no record, or a JSON file that is none.
     """
-    found: dict[Path, Record] = {}
-    for path in paths:
-        files = [path] if path.is_file() else sorted((*path.glob("*.json"), *path.glob("*/*.json")))
-        if not files:
-            raise ValueError(f"there are no records in {path}; `run` makes them, or give their folder or file")
-        found |= {file.resolve(): records.read(file) for file in files}
+    found = records.gather(paths)
     images: dict[str, str] = {}
     runs: dict[tuple, list[Path]] = {}
     for file, record in found.items():
@@ -221,7 +215,3 @@ def _length(record: Record) -> float:
     """In epochs; a record may come from anywhere, and its recipe holds what it likes."""
     length = record.recipe.get("num_epochs")
     return length if isinstance(length, int | float) else len(record.epochs)
-
-
-def _by_path(tree) -> dict[str, np.ndarray]:
-    return {"/".join(str(entry.key) for entry in path): leaf for path, leaf in tree_leaves_with_path(tree)}

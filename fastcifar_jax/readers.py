@@ -28,6 +28,7 @@ MAX_ARRAY = 8 << 30  # bytes of one array of an npz file; ImageNet at 32x32 has 
 MAX_LABELS = 64 << 20  # bytes of the labels in an npz file; ImageNet's, as int64, have 10 MB
 MAX_IMAGE = 1 << 20  # bytes of one image file; 32x32 pixels uncompressed are 3 kB
 MAX_CLASSES = 1 << 16
+MAX_PIXELS = 1 << 25  # of an image that is resized; a camera's has 12 to 24 million
 
 PIXELS = 32 * 32 * 3
 KINDS = (
@@ -127,7 +128,7 @@ def _read_folder(path):
         raise DataError(f"the folder {path} holds no data of a known kind; give {KINDS}")
     layout, folder = found[0]
     present = {file.name for file in folder.iterdir() if file.is_file()}
-    return _read_batches(layout, present, lambda name: _bounded_bytes(folder / name, MAX_BATCH), folder)
+    return _read_batches(layout, present, lambda name: bounded_bytes(folder / name, MAX_BATCH), folder)
 
 
 def _read_tar(path):
@@ -256,8 +257,13 @@ def _class_names(data, layout, name):
     return tuple(names)
 
 
-def _bounded_bytes(path, limit):
-    if not path.is_file():  # a pipe would be waited for
+def bounded_bytes(path: Path, limit: int) -> bytes:
+    """The bytes of a file.
+
+    Raises:
+      DataError: it is no plain file, or has more than `limit` bytes.
+    """
+    if path.exists() and not path.is_file():  # a pipe would be waited for
         raise DataError(f"{path} is a folder or no plain file; remove it")
     if path.stat().st_size > limit:
         raise DataError(f"{path} has more than {limit} bytes, the most that is read")
@@ -334,16 +340,38 @@ def _read_images(path):
         images = np.empty((len(files), 32, 32, 3), np.uint8)
         for row, i in zip(images, order, strict=True):
             with faults_of(files[i][0]):
-                row[...] = decode_image(_bounded_bytes(files[i][0], MAX_IMAGE), files[i][0])
+                row[...] = decode_image(bounded_bytes(files[i][0], MAX_IMAGE), files[i][0])
         arrays += [images, np.array([files[i][1] for i in order], np.int32)]
     return Dataset(*arrays), classes
 
 
-def decode_image(data: bytes, name) -> np.ndarray:
-    """The PNG or JPEG file `data` as uint8 `[32, 32, 3]`."""
-    from PIL import Image  # only this kind of data needs pillow
+def decode_image(
+    data: bytes, name, width: int = 32, height: int = 32, resize: bool = False, advice: str = "resize the images first"
+) -> np.ndarray:
+    """A PNG or JPEG file as uint8 `[height, width, 3]`.
+
+    Args:
+      data: the file's bytes, which are treated as untrusted.
+      name: of the file, for errors.
+      width: of the result, in pixels.
+      height: of the result, in pixels.
+      resize: cut the centre out of an image of another size, and scale it; turn a photograph as its camera was held.
+      advice: what to do about an image of another size.
+
+    Raises:
+      DataError: an image of another size, or one with too many pixels.
+      Exception: of any kind, from the decoder: call it within `faults_of`.
+    """
+    from PIL import Image, ImageOps  # only this kind of data needs pillow
 
     with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as image:
-        if image.size != (32, 32):  # checked before a pixel is decoded, so no image can unpack into gigabytes
-            raise DataError(f"{name} has {image.width}x{image.height} pixels; expected 32x32: resize the images first")
-        return np.asarray(image.convert("RGB"))
+        # Checked before a pixel is decoded, so no image can unpack into gigabytes.
+        if not resize and image.size != (width, height):
+            size = f"{image.width}x{image.height}"
+            raise DataError(f"{name} has {size} pixels; expected {width}x{height}: {advice}")
+        if image.width * image.height > MAX_PIXELS:
+            raise DataError(f"{name} has {image.width}x{image.height} pixels; at most {MAX_PIXELS} are read")
+        if not resize:
+            return np.asarray(image.convert("RGB"))
+        turned = ImageOps.exif_transpose(image).convert("RGB")
+        return np.asarray(ImageOps.fit(turned, (width, height), Image.Resampling.BICUBIC))

@@ -12,6 +12,7 @@ import re
 import stat
 import sys
 import time
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -143,7 +144,7 @@ def write(record: Record, out: Path, *, tta: bool = False) -> Path:
     return path
 
 
-def write_text(path: Path, text: str) -> None:
+def write_bytes(path: Path, content: bytes) -> None:
     """Writes a file whole or not at all.
 
     Raises:
@@ -151,9 +152,14 @@ def write_text(path: Path, text: str) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole({path: text.encode()})
+        write_whole({path: content})
     except OSError as error:
         raise RecordError(f"cannot write {path}: {error.strerror or error}; choose another place") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """`write_bytes` of a text in UTF-8."""
+    write_bytes(path, text.encode())
 
 
 def dumps(value: Any) -> str:
@@ -194,6 +200,21 @@ def find(out: Path, **wanted: Any) -> dict[Path, Record]:
     records = {path: read(path) for path in sorted(out.glob("*/*.json"))}
     matches = lambda record: all(getattr(record, name) == value for name, value in wanted.items())
     return {path: record for path, record in records.items() if matches(record)}
+
+
+def gather(paths: Iterable[Path]) -> dict[Path, Record]:
+    """The records that paths name: files, folders of records, or the folders of those that `--out` names; each once.
+
+    Raises:
+      RecordError: a path without records, or a JSON file that is none.
+    """
+    found: dict[Path, Record] = {}
+    for path in paths:
+        files = [path] if path.is_file() else sorted((*path.glob("*.json"), *path.glob("*/*.json")))
+        if not files:
+            raise RecordError(f"no records in {path}; give the folder that --out of run named, or a record's JSON file")
+        found |= {file.resolve(): read(file) for file in files}
+    return found
 
 
 def dawnbench_log(record: Record, tta: bool) -> str:

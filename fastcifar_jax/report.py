@@ -35,7 +35,9 @@ def ladder(recipes: Sequence[Recipe]) -> Table:
     table = make_table("name", ("epochs", "right"), ("published", "right"), ("runs", "right"), ("time", "right"))
     for recipe in recipes:
         published = recipe.published
-        accuracy = "" if published.accuracy is None else f"{_percent(published.accuracy)}{' TTA' * published.tta}"
+        accuracy = (
+            "" if published.accuracy is None else f"{published_percent(published.accuracy)}{' TTA' * published.tta}"
+        )
         seconds = "" if published.seconds is None else f"{published.seconds:g} s {published.device}"
         table.add_row(recipe.name, str(recipe.num_epochs), accuracy, str(published.runs or ""), seconds)
     return table
@@ -85,7 +87,7 @@ def published_line(recipe: Recipe) -> str:
     parts = []
     if published.accuracy is not None:
         runs = f", mean of {published.runs} runs" if published.runs else ""
-        parts.append(f"test {_percent(published.accuracy)}{' with TTA' * published.tta}{runs}")
+        parts.append(f"test {published_percent(published.accuracy)}{' with TTA' * published.tta}{runs}")
     if published.seconds is not None:
         parts.append(f"{published.seconds:g} s on one {published.device}")
     return f"published for {recipe.name}: {', '.join(parts) or 'no figures'} ({published.source})"
@@ -107,7 +109,7 @@ def seed_line(arm: str, record: Record) -> str:
         return f"{label}: {record.error}"
     result = record.result or {}
     return (
-        f"{label}: test {_percent2(result['test_accuracy'])}, TTA {_percent2(result['tta_accuracy'])}; "
+        f"{label}: test {percent(result['test_accuracy'])}, TTA {percent(result['tta_accuracy'])}; "
         f"{result['train_seconds']:.2f} s training, {result['compile_seconds']:.2f} s compiling apart; "
         f"{result['images_per_second']:,.0f} images/s; {record.data['source']}; {device_text(record.device)}"
     )
@@ -118,7 +120,7 @@ def seeds_line(arm: str, records: Sequence[Record]) -> str:
     texts = []
     for label, name in (("test", "test_accuracy"), ("TTA", "tta_accuracy")):
         values = [record.result[name] for record in records if record.result]
-        texts.append(f"{label} {_percent2(statistics.mean(values))}, s = {_percent2(statistics.stdev(values))}")
+        texts.append(f"{label} {percent(statistics.mean(values))}, s = {percent(statistics.stdev(values))}")
     return f"{arm}: n = {len(records)}; mean {'; '.join(texts)} (sample standard deviation)"
 
 
@@ -195,7 +197,7 @@ EPOCH_HEADER = f"{'epoch':>5}" + "".join(
 def epoch_row(info: EpochInfo, images_per_second: float) -> str:
     """One line below `EPOCH_HEADER`."""
     accuracies = "".join(
-        f"{_percent2(value):>10}" for value in (info.train_accuracy, info.test_accuracy, info.tta_accuracy)
+        f"{percent(value):>10}" for value in (info.train_accuracy, info.test_accuracy, info.tta_accuracy)
     )
     return f"{info.epoch:>5}{info.train_seconds:>10.2f}{info.train_loss:>10.4f}{accuracies}{images_per_second:>10,.0f}"
 
@@ -209,10 +211,11 @@ def make_table(*columns: str | tuple[str, JustifyMethod]) -> Table:
     return table
 
 
-def _percent(fraction):
+def published_percent(fraction: float) -> str:
     """A published figure: one decimal, or two where it has them."""
     return f"{100 * fraction:.2f}".removesuffix("0") + " %"
 
 
-def _percent2(fraction):
+def percent(fraction: float) -> str:
+    """ "94.08 %"."""
     return f"{100 * fraction:.2f} %"

@@ -1,13 +1,11 @@
 """The command that makes a page of records."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import click
 
 from fastcifar_jax import discover, page, records, tables
 from fastcifar_jax.options import Invocation, refusals
-from fastcifar_jax.records import Record
 
 
 @click.command("report")
@@ -27,7 +25,7 @@ def report_command(invocation: Invocation, runs: tuple[Path, ...], out: Path, ma
     RUNS are folders of records, as --out of `run` names them, or single records; by default the folder runs.
     """
     with refusals():
-        found = read(runs or (Path("runs"),))
+        found = list(records.gather(runs or (Path("runs"),)).values())
     try:
         experiments = discover.find_experiments(invocation.folder)
     except ValueError:  # outside a clone
@@ -41,19 +39,3 @@ def report_command(invocation: Invocation, runs: tuple[Path, ...], out: Path, ma
         shown = [*tables.ladder(groups, experiments), *tables.run_tables(groups)]
         records.write_text(markdown_path, tables.markdown(shown))
         click.echo(f"tables in {markdown_path}")
-
-
-def read(paths: Sequence[Path]) -> list[Record]:
-    """The records in folders and files, each once.
-
-    Raises:
-      ValueError: there are none in one of them.
-      RecordError: a file is no record.
-    """
-    found: dict[Path, Record] = {}
-    for path in paths:
-        of_path = {path: records.read(path)} if path.is_file() else records.find(path)
-        if not of_path:
-            raise ValueError(f"no records in {path}; give the folder that --out of run named, or a record's JSON file")
-        found |= {file.resolve(): record for file, record in of_path.items()}
-    return list(found.values())

@@ -14,7 +14,7 @@ from fastcifar_jax import conv, discover, records, report, reproduce, runs
 from fastcifar_jax.comparison import arm_name
 from fastcifar_jax.conv import Driver
 from fastcifar_jax.discover import Experiment
-from fastcifar_jax.options import Invocation, refusals, torch_twin
+from fastcifar_jax.options import Invocation, json_option, refusals, torch_twin
 from fastcifar_jax.records import Record
 from fastcifar_jax.reproduce import DIFFERENT, TOLERANCE
 from fastcifar_jax.runs import Job
@@ -33,9 +33,7 @@ from fastcifar_jax.train import check
     metavar="POINTS",
     help="The most that an accuracy may differ by, in percentage points, and a loss, in percent.",
 )
-@click.option(
-    "--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Also write the answer there."
-)
+@json_option
 @click.pass_obj
 def reproduce_command(
     invocation: Invocation,

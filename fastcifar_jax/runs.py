@@ -11,16 +11,13 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 from rich.console import Console
 
-from fastcifar_jax import checkpoint, conv, hosts, records, report, saved
+from fastcifar_jax import checkpoint, conv, records, report, saved
 from fastcifar_jax.data import DataInfo, load
 from fastcifar_jax.live import Log
-from fastcifar_jax.mesh import Strategy
 from fastcifar_jax.recipe import Recipe, flatten
 from fastcifar_jax.records import Record, RecordError
-from fastcifar_jax.seeds import make_train_seeds
 from fastcifar_jax.train import (
     Diverged,
     Driver,
@@ -29,15 +26,10 @@ from fastcifar_jax.train import (
     make_functions,
     make_train,
     shapes_of,
-    steps_of_epochs,
 )
 from fastcifar_jax.types import Dataset, EpochInfo, RunResult, Snapshot, TrainState
 
 Train = Callable[..., RunResult]  # (seed, on_epoch, on_step, on_compiled), in JAX with resume and on_snapshot
-
-
-class Refused(ValueError):
-    """Nothing was trained: a recipe that does not fit the mesh, or processes that disagree about what is to be run."""
 
 
 class LoadedData(NamedTuple):
@@ -141,7 +133,7 @@ def make_runner(
     """
     recipe, info = job.recipe, job.data.info
     train = _trainer(job, driver, compiled)
-    new = _new_record(job, driver, arguments)
+    new = new_record(job, driver, arguments)
     each_step = conv.waits_are_cheap()
     compiles = True
 
@@ -149,7 +141,7 @@ def make_runner(
         nonlocal compiles
         known = None if again else on_record(job, out, seed, save)
         if known is not None:
-            _show_known(job, known, new, console)
+            show_known(job, known, new, console)
             ended.append(known)
             return known
         label = f"{job.arm}, seed {seed}"
@@ -183,93 +175,6 @@ def make_runner(
     return run
 
 
-def run_together(
-    job: Job,
-    seeds: Iterable[int],
-    ended: list[Record],
-    console: Console,
-    out: Path,
-    driver: Driver,
-    arguments: tuple[str, ...],
-    *,
-    strategy: Strategy,
-    mesh: Mesh,
-    again: bool = False,
-    compiled: dict[tuple, Programs] | None = None,
-) -> None:
-    """Runs many seeds of one recipe side by side; the arguments are those of `make_runner` and of `make_train_seeds`.
-
-    With several processes all call this alike. Process 0 alone decides which seeds are on record, writes and prints.
-
-    Args:
-      job: what to run, in JAX.
-      seeds: of the runs.
-      ended: gets the record of each seed as it ends; on the other processes too, but without those on file.
-      console: where to show it.
-      out: folder of the records.
-      driver: of JAX's training loop.
-      arguments: of the command, for the record.
-      strategy: what a device does with several seeds.
-      mesh: from `make_mesh`.
-      again: whether to run what is on record as well.
-      compiled: programs that the recipes of a sweep share.
-
-    Raises:
-      RecordError: a record cannot be written.
-      Refused: nothing was trained.
-    """
-    shape = "x".join(str(size) for size in mesh.shape.values())
-    new = dataclasses.replace(_new_record(job, driver, arguments), strategy=strategy, mesh=shape)
-    seeds, writes = list(seeds), hosts.writes_records()
-    on_file = [None if again or not writes else on_record(job, out, seed) for seed in seeds]
-    for record in filter(None, on_file):
-        _show_known(job, record, new, console)
-        ended.append(record)
-    flags = hosts.from_process_0([int(record is None) for record in on_file])
-    todo = [seed for seed, flag in zip(seeds, flags, strict=True) if flag]
-    if not todo:
-        return
-    new = dataclasses.replace(new, started=_now())
-    rows: dict[int, list[EpochInfo]] = {seed: [] for seed in todo}
-    steps_per_epoch = job.data.info.train // job.recipe.batch_size
-
-    def end(record):
-        if writes:
-            records.write(record, out, tta=job.recipe.published.tta)
-        ended.append(record)
-        del rows[record.seed]
-        console.print(report.seed_line(job.arm, record), soft_wrap=True)
-
-    def on_seed(seed, outcome):
-        of_seed = dataclasses.replace(new, seed=seed)
-        diverged = isinstance(outcome, Diverged)
-        end(_diverged(of_seed, outcome) if diverged else _finished(of_seed, outcome, job.data))
-
-    def on_epoch(seed, row):
-        rows[seed].append(row)
-        num_images = steps_of_epochs(job.recipe, steps_per_epoch)[row.epoch - 1] * job.recipe.batch_size
-        rate = num_images / row.train_seconds
-        console.print(f"{report.epoch_row(row, rate)}   seed {seed}", soft_wrap=True)
-
-    console.print(f"{job.arm}, seeds {', '.join(map(str, todo))}: {strategy} on {shape} devices", soft_wrap=True)
-    num_classes = len(job.data.info.classes)
-    train = make_train_seeds(job.recipe, num_classes, strategy, mesh, driver, keep_states=False, compiled=compiled)
-    try:
-        train(todo, job.data.dataset, on_seed, on_epoch)
-    except RecordError:
-        raise
-    except Exception as error:
-        if isinstance(error, ValueError) and not any(rows.values()):
-            raise Refused(f"{job.arm}: {error}") from error
-        # Which seeds were under way is known only of those that have ended an epoch.
-        for seed in [seed for seed in rows if rows[seed]] or list(rows)[:1]:
-            try:
-                end(_crashed(dataclasses.replace(new, seed=seed), error, rows[seed]))
-            except RecordError as fault:
-                error.add_note(str(fault))
-        raise
-
-
 def run_in_turn(runners: dict[str, Callable[[int], Record]], seeds: Iterable[int]) -> dict[str, list[Record]]:
     """The records of several recipes, seed by seed and with the order turned each time: A B, B A, A B, ...
 
@@ -298,7 +203,7 @@ def _shapes_of_state(job: Job) -> TrainState:
     return shapes_of(functions, job.recipe, job.data.dataset).state
 
 
-def _new_record(job: Job, driver: Driver, arguments: tuple[str, ...]) -> Record:
+def new_record(job: Job, driver: Driver, arguments: tuple[str, ...]) -> Record:
     """What is known of a run before it starts."""
     recipe, info = job.recipe, job.data.info
     return Record(
@@ -339,7 +244,8 @@ def _made_otherwise(known: Record, new: Record) -> list[str]:
     return [text for text, name in fields.items() if getattr(known, name) != getattr(new, name)]
 
 
-def _show_known(job: Job, known: Record, new: Record, console: Console) -> None:
+def show_known(job: Job, known: Record, new: Record, console: Console) -> None:
+    """Says that a run is on record, and what made it otherwise than `new` would be made."""
     other = "".join(f", by another {name}" for name in _made_otherwise(known, new))
     console.print(f"{report.seed_line(job.arm, known)} (on record{other}; --again repeats it)", soft_wrap=True)
 
@@ -370,35 +276,39 @@ def _train_seed(
         rows.append(row)
         on_epoch(row)
 
-    new = dataclasses.replace(new, started=_now())
+    new = dataclasses.replace(new, started=now())
     for row in resume.epochs if resume else ():
         on_epoch_kept(row)
     kept = {"resume": resume, "on_snapshot": on_snapshot} if on_snapshot else {}
     try:
         run = train(new.seed, on_epoch_kept, on_step, on_compiled, **kept)
     except Diverged as error:
-        return _diverged(new, error), None
+        return diverged(new, error), None
     except Exception as error:
-        return _crashed(new, error, rows), error
+        return crashed(new, error, rows), error
     if save is not None:
         save(run)
-    return _finished(new, run, data), None
+    return finished(new, run, data), None
 
 
-def _now() -> str:
+def now() -> str:
+    """UTC, ISO 8601, in seconds."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-def _diverged(new: Record, error: Diverged) -> Record:
+def diverged(new: Record, error: Diverged) -> Record:
+    """The record of a run whose loss was not finite."""
     return dataclasses.replace(new, status="diverged", error=str(error), epochs=error.epochs)
 
 
-def _crashed(new: Record, error: Exception, rows: Iterable[EpochInfo]) -> Record:
+def crashed(new: Record, error: Exception, rows: Iterable[EpochInfo]) -> Record:
+    """The record of a run that an exception ended after `rows`."""
     message = f"{type(error).__name__}: {error}"
     return dataclasses.replace(new, status="crashed", error=message, epochs=tuple(rows))
 
 
-def _finished(new: Record, run: RunResult, data: LoadedData) -> Record:
+def finished(new: Record, run: RunResult, data: LoadedData) -> Record:
+    """The record of a run that came to its end."""
     result = {
         "test_accuracy": run.epochs[-1].test_accuracy,
         "tta_accuracy": run.epochs[-1].tta_accuracy,

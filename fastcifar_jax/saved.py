@@ -8,7 +8,6 @@ named by a file: it is taken from the recipe that the caller gives.
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import json
 import os
 import typing
@@ -19,28 +18,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
-from jax import lax
 from jaxtyping import Float
 from scipy.special import softmax
 
-from fastcifar_jax import __version__
+from fastcifar_jax import __version__, records
 from fastcifar_jax.augment import normalize
-from fastcifar_jax.data import DataInfo
-from fastcifar_jax.evaluate import TTA, SixViewTTA
+from fastcifar_jax.data import DataInfo, hash_of
+from fastcifar_jax.evaluate import CHUNK, TTA, in_chunks
 from fastcifar_jax.model import PRECISIONS, Network, Variables
 from fastcifar_jax.parts import NETWORKS, TTAS, OwnPartError, PartError, build_or_own, to_json, typed
 from fastcifar_jax.recipe import Recipe, resolve_dtype
-from fastcifar_jax.records import RecordError
 from fastcifar_jax.train import evaluated, make_functions
 from fastcifar_jax.tunable import tunable, with_tunable
-from fastcifar_jax.types import Dataset, Labels, Logits, Pixels
+from fastcifar_jax.types import Dataset, Logits, Pixels, by_path
 
 FORMAT = 1
 SUFFIX = ".safetensors"
 MAX_FILE = 1 << 30  # bytes; a ResNet9 of the original width has 26 MB
 MAX_HEADER = 1 << 20  # bytes; the same one's has 6 kB
 MAX_SIDE = 1024  # pixels of an image
-CHUNK = 500  # images at a time, as in `evaluate.evaluate`
 
 
 class SavedModelError(ValueError):
@@ -59,7 +55,7 @@ class SavedModel:
       version: of the package that saved it.
       data_source: what it was trained on, as it was asked for.
       data_hash: of both splits, as in the record.
-      test_hash: SHA-256 of the test images and labels, as `hash_of` has it.
+      test_hash: SHA-256 of the test images and labels, as `data.hash_of` has it.
       test_accuracy: on record, as a fraction.
       tta_accuracy: on record, with test-time augmentation, as a fraction.
       classes: names, in the order of the logits.
@@ -161,35 +157,20 @@ class SavedModel:
     def _of_all(self):
         def of_all(values, variables, pixels):
             views = functools.partial(self._views, values, variables)
-            whole = len(pixels) - len(pixels) % CHUNK
-            parts = []
-            if whole:
-                chunks = lax.map(views, pixels[:whole].reshape(-1, CHUNK, *pixels.shape[1:]))
-                parts.append(jax.tree.map(lambda x: x.reshape(whole, -1), chunks))
-            if whole < len(pixels):
-                parts.append(views(pixels[whole:]))
+            parts = in_chunks(views, (pixels,), lambda stacked: stacked.reshape(-1, stacked.shape[-1]))
             return jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
 
         return jax.jit(of_all)
 
     def _views(self, values: dict[str, Any], variables: Variables, pixels: Pixels) -> tuple[Logits, Logits]:
         model = with_tunable(self._recipe, values).model(len(self.classes), self.compute_dtype)
-        dtype = jnp.float16 if self.compute_dtype == "float16" else jnp.float32  # as in training
-        images = normalize(pixels, self.mean, self.std, dtype)
+        images = normalize(pixels, self.mean, self.std, PRECISIONS[self.compute_dtype].images)
         predict = lambda images: model.apply(variables, images, False)[0]
         return predict(images), self.tta(predict, images)
 
 
 TYPES = typing.get_type_hints(SavedModel)
 JSON_FIELDS = [name for name in TYPES if name != "variables"]
-
-
-def hash_of(images: Pixels | np.ndarray, labels: Labels | np.ndarray) -> str:
-    """SHA-256, in hexadecimal, of test images and their labels."""
-    digest = hashlib.sha256()
-    for array in (np.asarray(images), np.asarray(labels)):
-        digest.update(np.ascontiguousarray(array.astype(array.dtype.newbyteorder("<"), copy=False)).data)
-    return digest.hexdigest()
 
 
 def of_run(
@@ -240,7 +221,7 @@ def check(recipe: Recipe, info: DataInfo, dataset: Dataset) -> None:
     blank = of_run(recipe, info, dataset, 0, evaluated(state), (0.0, 0.0))
     with _faults_of(f"a model of {recipe.name!r}", "change the recipe, or leave out --save"):
         rebuilt = _rebuilt(_metadata_of(blank), recipe)
-        _check_tensors(_named(blank.variables), _expected(rebuilt))
+        _check_tensors(by_path(blank.variables), _expected(rebuilt))
 
 
 def write(model: SavedModel, path: Path) -> None:
@@ -249,21 +230,8 @@ def write(model: SavedModel, path: Path) -> None:
     Raises:
       RecordError: the file cannot be written; what was there before is still there.
     """
-    tensors = {name: np.array(leaf, order="C") for name, leaf in _named(model.variables).items()}
-    data = safetensors.numpy.save(tensors, _metadata_of(model))
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise RecordError(f"cannot write {path}: {error.strerror or error}; choose another --out") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    tensors = {name: np.array(leaf, order="C") for name, leaf in by_path(model.variables).items()}
+    records.write_bytes(path, safetensors.numpy.save(tensors, _metadata_of(model)))
 
 
 def load(path: str | os.PathLike[str], *, recipe: Recipe | None = None) -> SavedModel:
@@ -287,7 +255,7 @@ def load(path: str | os.PathLike[str], *, recipe: Recipe | None = None) -> Saved
         for name, array in tensors.items():
             if not np.isfinite(array).all():
                 raise SavedModelError(f"tensor {name!r} holds numbers that are not finite")
-        leaves = [jax.device_put(tensors[name]) for name in _named(expected)]
+        leaves = [jax.device_put(tensors[name]) for name in by_path(expected)]
         variables = jax.tree.unflatten(jax.tree.structure(expected), leaves)
         return dataclasses.replace(model, variables=variables)
 
@@ -326,21 +294,12 @@ def _bounded_bytes(path):
 # Names and shapes of the arrays.
 
 
-def _named(tree) -> dict[str, Any]:
-    """The leaves by their paths: "params/prep/conv/kernel"."""
-    leaves = jax.tree.leaves_with_path(tree)
-    named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-    if len(named) < len(leaves):
-        raise SavedModelError("two arrays of the network have one name; leave / out of names")
-    return named
-
-
 def _expected(model: SavedModel) -> Variables:
     """The variables' shapes and dtypes by the network; a trace of the prediction shows that it fits the images."""
     network = model.network(len(model.classes), model.compute_dtype)
     key = jax.eval_shape(lambda: jax.random.key(0))
     variables = jax.eval_shape(network.init, key, jax.ShapeDtypeStruct((1, *model.image_shape), jnp.float32))
-    for name, leaf in _named(variables).items():
+    for name, leaf in by_path(variables).items():
         if leaf.dtype != jnp.float32:
             raise SavedModelError(f"the network keeps {name!r} in {leaf.dtype}; saved models hold float32 only")
     pixels = jax.ShapeDtypeStruct((1, *model.image_shape), jnp.uint8)
@@ -351,7 +310,7 @@ def _expected(model: SavedModel) -> Variables:
 
 
 def _check_tensors(tensors: dict[str, Any], expected: Variables) -> None:
-    named = _named(expected)
+    named = by_path(expected)
     if lacking := sorted(named.keys() - tensors.keys()):
         raise SavedModelError(f"it lacks the tensors {', '.join(lacking)[:200]}")
     if unknown := sorted(tensors.keys() - named.keys()):
@@ -394,6 +353,4 @@ def _rebuilt(metadata: dict[str, str], recipe: Recipe | None) -> SavedModel:
         raise SavedModelError(f"its images are {values['image_shape']}; expected sides of at most {MAX_SIDE}")
     network = build_or_own(fields["network"], NETWORKS, "network", recipe and recipe.model)
     tta = build_or_own(fields["tta"], TTAS, "tta", recipe and recipe.tta)
-    if isinstance(tta, SixViewTTA) and tta.shift >= min(height, width):
-        raise SavedModelError(f"its tta shifts by {tta.shift} pixels; its images have {height}x{width}")
     return SavedModel(**values, network=network, tta=tta, variables={})

@@ -5,20 +5,17 @@ from typing import Any
 
 import click
 import numpy as np
-from scipy.special import log_softmax
-from sklearn.metrics import accuracy_score, confusion_matrix
+from sklearn.metrics import confusion_matrix
 
 from fastcifar_jax import conv, discover, records, report, saved
-from fastcifar_jax.compare_cli import json_option
 from fastcifar_jax.data import load
-from fastcifar_jax.options import Invocation, refusals
-from fastcifar_jax.readers import DataError, faults_of
+from fastcifar_jax.options import Invocation, json_option, refusals
+from fastcifar_jax.readers import DataError, bounded_bytes, decode_image, faults_of
 from fastcifar_jax.saved import SavedModel
+from fastcifar_jax.scores import measure
 
 MAX_FILE = 32 << 20  # bytes of an image file
-MAX_PIXELS = 1 << 25  # of an image that is resized; a camera's has 12 to 24 million
 TOP = 3  # classes shown for an image
-BINS = 15  # of the calibration error
 MAX_SHOWN = 20  # classes of a confusion table that fits a page
 
 recipe_option = click.option(
@@ -50,7 +47,7 @@ def predict(
     table = report.make_table("image", *(f"class {i}" for i in range(1, 1 + min(TOP, len(model.classes)))))
     for image, row in zip(images, probabilities, strict=True):
         likeliest = np.argsort(-row, kind="stable")[:TOP]
-        table.add_row(str(image), *(f"{model.classes[i]} {_percent(row[i])}" for i in likeliest))
+        table.add_row(str(image), *(f"{model.classes[i]} {report.percent(row[i])}" for i in likeliest))
     report.make_console().print(table)
     if json_path:
         rows = [[float(value) for value in row] for row in probabilities]
@@ -95,8 +92,8 @@ def evaluate(
     confusion = confusion_matrix(labels, views.argmax(-1), labels=range(len(model.classes)))
 
     console.print(
-        f"{model.experiment}, seed {model.seed}; on record: test {_percent(model.test_accuracy)}, TTA "
-        f"{_percent(model.tta_accuracy)} ({model.data_source}; {'the same' if known else 'other'} test images)",
+        f"{model.experiment}, seed {model.seed}; on record: test {report.percent(model.test_accuracy)}, TTA "
+        f"{report.percent(model.tta_accuracy)} ({model.data_source}; {'the same' if known else 'other'} test images)",
         soft_wrap=True,
     )
     if info.classes != model.classes:
@@ -104,7 +101,7 @@ def evaluate(
     table = report.make_table(f"{len(labels):,} images", *((name, "right") for name in measured["plain"]))
     for name, values in measured.items():
         accuracy, *others = values.values()
-        table.add_row({"tta": "with TTA"}.get(name, name), _percent(accuracy), *(f"{x:.4f}" for x in others))
+        table.add_row({"tta": "with TTA"}.get(name, name), report.percent(accuracy), *(f"{x:.4f}" for x in others))
     console.print(table)
     _show_confusion(confusion, model.classes, console)
     if json_path:
@@ -120,38 +117,6 @@ def evaluate(
         records.write_text(json_path, records.dumps({**_origin(path, model), **answer}))
 
 
-def measure(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Accuracy as a fraction, mean cross-entropy in nats, and expected calibration error as a fraction.
-
-    Args:
-      logits: float32 `[n, classes]`.
-      labels: integers `[n]`.
-    """
-    log_p = log_softmax(np.asarray(logits, np.float64), axis=-1)
-    predicted = log_p.argmax(-1)
-    return {
-        "accuracy": float(accuracy_score(labels, predicted)),
-        "loss": float(-log_p[np.arange(len(labels)), labels].mean()),
-        "calibration error": calibration_error(np.exp(log_p.max(-1)), predicted == labels),
-    }
-
-
-def calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int = BINS) -> float:
-    """Expected calibration error: |accuracy - mean confidence|, averaged over the images by bins of confidence.
-
-    Bins have equal widths, and bin m of M is ((m - 1) / M, m / M] (Guo et al. 2017, "On calibration of modern neural
-    networks", section 2; Naeini et al. 2015).
-
-    Args:
-      confidence: probability of the predicted class, one an image.
-      correct: whether that class is the right one.
-      bins: their number.
-    """
-    index = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
-    gaps = np.bincount(index, correct - confidence, bins)
-    return float(np.abs(gaps).sum() / len(confidence))
-
-
 def read_image(path: Path, shape: tuple[int, int, int], resize: bool) -> np.ndarray:
     """A PNG or JPEG file as uint8 `[height, width, 3]`.
 
@@ -163,28 +128,11 @@ def read_image(path: Path, shape: tuple[int, int, int], resize: bool) -> np.ndar
     Raises:
       DataError: the file is too large, damaged, no image, or of another size than `shape`.
     """
-    from PIL import Image, ImageOps
-
     height, width, channels = shape
     if channels != 3:
         raise DataError(f"the model takes images of {channels} channels; image files give three: use its predict")
-    with faults_of(path), open(path, "rb") as file:
-        if file.seek(0, 2) > MAX_FILE:
-            raise DataError(f"{path} has more than {MAX_FILE} bytes, the most that is read")
-        file.seek(0)
-        with Image.open(file, formats=("PNG", "JPEG")) as image:
-            # Checked before a pixel is decoded: a small file can unpack into gigabytes.
-            if not resize and image.size != (width, height):
-                raise DataError(
-                    f"{path} has {image.width}x{image.height} pixels; expected {width}x{height}: resize it, or give "
-                    "--resize"
-                )
-            if image.width * image.height > MAX_PIXELS:
-                raise DataError(f"{path} has {image.width}x{image.height} pixels; at most {MAX_PIXELS} are read")
-            if resize:
-                turned = ImageOps.exif_transpose(image).convert("RGB")
-                return np.asarray(ImageOps.fit(turned, (width, height), Image.Resampling.BICUBIC))
-            return np.asarray(image.convert("RGB"))
+    with faults_of(path):
+        return decode_image(bounded_bytes(path, MAX_FILE), path, width, height, resize, "resize it, or give --resize")
 
 
 def _load(invocation: Invocation, path: Path, recipe_name: str | None) -> SavedModel:
@@ -194,10 +142,6 @@ def _load(invocation: Invocation, path: Path, recipe_name: str | None) -> SavedM
         if len(found) > 1:
             raise ValueError(f"{recipe_name} declares {len(found)} recipes; give one")
         return saved.load(path, recipe=found[0].recipe if found else None)
-
-
-def _percent(fraction: float) -> str:
-    return f"{100 * fraction:.2f} %"
 
 
 def _origin(path: Path, model: SavedModel) -> dict[str, Any]:

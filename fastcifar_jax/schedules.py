@@ -109,6 +109,7 @@ class Triangle:
     end: float = 0.07
 
     TUNABLE: ClassVar = ("start", "end")
+    IN_STEPS: ClassVar = True  # its time; that of a schedule without this is in epochs
 
     def __post_init__(self):
         if not (0 <= self.peak < 1 and self.start >= 0 and self.end >= 0):

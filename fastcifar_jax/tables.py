@@ -250,7 +250,7 @@ def _note(arm, recipe):
 def _published(recipe):
     figures = recipe.published
     runs = f", n = {figures.runs}" if figures.runs else ""
-    accuracy = "" if figures.accuracy is None else f"{f'{100 * figures.accuracy:.2f}'.removesuffix('0')} %"
+    accuracy = "" if figures.accuracy is None else report.published_percent(figures.accuracy)
     time = "" if figures.seconds is None else f"{figures.seconds:g} s, {figures.device}"
     return f"{accuracy}{' TTA' * (figures.tta and bool(accuracy))}{runs if accuracy else ''}", time
 

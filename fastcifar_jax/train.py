@@ -18,7 +18,7 @@ from fastcifar_jax.augment import EpochPlan, augment, normalize, plan_epoch
 from fastcifar_jax.conv import Driver, compiler_options, default_driver
 from fastcifar_jax.evaluate import evaluate
 from fastcifar_jax.losses import num_correct
-from fastcifar_jax.model import Model
+from fastcifar_jax.model import PRECISIONS, Model
 from fastcifar_jax.norm import share_of_batch
 from fastcifar_jax.optim import Average, Progress
 from fastcifar_jax.recipe import Recipe, resolve_dtype
@@ -140,8 +140,7 @@ def make_functions(recipe: Recipe, num_classes: int, num_train: int, axis_name: 
     tx = recipe.optim(recipe.num_epochs, steps_per_epoch, batch_size)
     num_steps = count_steps(recipe.num_epochs, steps_per_epoch)
     train_step = make_train_step(model, recipe.loss, tx, recipe.average, steps_per_epoch, num_steps, axis_name)
-    # float16 images are normalised in float16, as in the original; bfloat16 would lose two bits of the pixels.
-    image_dtype = {"float16": jnp.float16, "float64": jnp.float64}.get(recipe.compute_dtype, jnp.float32)
+    image_dtype = PRECISIONS[recipe.compute_dtype].images
     as_images = functools.partial(normalize, mean=recipe.mean, std=recipe.std, dtype=image_dtype)
 
     def init(key, dataset):
@@ -374,8 +373,8 @@ def make_train(
             resume = Snapshot(state, (), time.perf_counter() - start)
         state, rows, setup_seconds = resume
         epochs = list(rows)
-        of_epochs = steps_of_epochs(recipe, programs.steps_per_epoch)
-        for epoch, num_steps in list(enumerate(of_epochs, start=1))[len(epochs) :]:
+        left = steps_of_epochs(recipe, programs.steps_per_epoch)[len(epochs) :]
+        for epoch, num_steps in enumerate(left, start=len(epochs) + 1):
             start = time.perf_counter()
             plan = programs.plan(key_data, np.int32(epoch), dataset)
             step_seen = None if on_step is None else functools.partial(on_step, epoch)

@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+import jax
 from jaxtyping import Array, Float, Int, UInt8
 
 Images = Float[Array, "batch height width channels"]  # normalised: (pixel - mean) / std
@@ -68,10 +69,10 @@ class EpochInfo(NamedTuple):
 
 
 class Snapshot(NamedTuple):
-    """A run at the end of an epoch, from which it can go on."""
+    """A run between two epochs, from which it can go on."""
 
     state: TrainState
-    epochs: tuple[EpochInfo, ...]  # the rows so far, at least one
+    epochs: tuple[EpochInfo, ...]  # the rows so far
     setup_seconds: float  # whitening and initialisation
 
 
@@ -88,3 +89,16 @@ class RunResult(NamedTuple):
     def train_seconds(self) -> float:
         """Set-up and all epochs, without compiling and evaluating (section 3.6 of the specification)."""
         return self.setup_seconds + sum(epoch.train_seconds for epoch in self.epochs)
+
+
+def by_path(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree by their paths, in the tree's order: `{"layer1/conv/kernel": ...}`.
+
+    Raises:
+      ValueError: two leaves have one path, by names that hold a slash.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    if len(named) < len(leaves):
+        raise ValueError("two arrays of the network have one name; leave / out of names")
+    return named

@@ -237,7 +237,7 @@ def test_runs_are_read_from_folders_and_files(tmp_path):
     kept = [records.write(make_record("final", seed), tmp_path / "runs") for seed in range(2)]
     for paths in ([tmp_path / "runs"], [tmp_path / "runs" / "final"], [kept[0], kept[1], tmp_path / "runs"]):
         assert [record.seed for record in plot_data.read_runs(paths)] == [0, 1]
-    with pytest.raises(ValueError, match="there are no records in .*nowhere"):
+    with pytest.raises(ValueError, match="no records in .*nowhere"):
         plot_data.read_runs([tmp_path / "nowhere"])
     records.write(make_record("final", 0), tmp_path / "copy")
     with pytest.raises(ValueError, match="are records of one run"):
@@ -301,8 +301,8 @@ def test_pictures_are_the_same_each_time(form):
         ("schedule missing.py --out a.png", 2, "there is no file missing.py"),
         ("schedule final --epochs 0 --out a.png", 2, "num_epochs is 0"),
         ("bn-dynamics trick.py --out a.png", 2, "no batch norm with a trained scale or bias"),
-        ("convergence nowhere --out a.png", 2, "there are no records in nowhere"),
-        ("curves --out a.png", 2, "there are no records in runs"),
+        ("convergence nowhere --out a.png", 2, "no records in nowhere"),
+        ("curves --out a.png", 2, "no records in runs"),
         ("curves trick.py --out a.png", 2, "trick.py is no record of a run"),
         ("celu --out a.pdf", 2, "a.pdf must end with .png or .svg"),
         ("celu --out trick.py/a.png", 1, "cannot write trick.py/a.png"),

@@ -26,7 +26,7 @@ from fastcifar_jax.losses import CrossEntropy
 from fastcifar_jax.optim import Ema
 from fastcifar_jax.recipe import Recipe
 from fastcifar_jax.saved import SavedModelError
-from fastcifar_jax.saved_cli import calibration_error, measure
+from fastcifar_jax.scores import calibration_error, measure
 from fastcifar_jax.train import evaluated, make_functions, make_train, with_values
 from fastcifar_jax.tunable import tunable
 from fastcifar_jax.types import Dataset

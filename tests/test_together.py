@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fastcifar_jax import records, runs
+from fastcifar_jax import records, together
 from fastcifar_jax.options import variants
 
 ROOT = Path(__file__).parent.parent
@@ -71,7 +71,7 @@ def test_a_crash_is_on_record_and_a_refusal_is_not(workplace, call, loaded, monk
         def train(seeds, dataset, on_seed, on_epoch):
             raise error
 
-        monkeypatch.setattr(runs, "make_train_seeds", lambda *args, **kwargs: train)
+        monkeypatch.setattr(together, "make_train_seeds", lambda *args, **kwargs: train)
 
     fake(ValueError("no such split"))
     status, _, err = call(*RUN, "--seeds", "2", "--strategy", "map")
