@@ -171,7 +171,7 @@ def _summary(arm, values, question):
     return {
         "name": arm.name,
         "recipe_hash": first.recipe_hash,
-        "num_epochs": first.recipe["num_epochs"],
+        "num_epochs": first.recipe.get("num_epochs"),
         "data": first.data,
         "device": report.device_text(first.device),
         "versions": first.versions,

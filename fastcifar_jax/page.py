@@ -61,6 +61,7 @@ QUANTITIES = {"accuracy": "accuracy (%)", "loss": "loss (log)"}  # and the label
 TIME_AND_ACCURACY = ("train_seconds", "tta_accuracy")
 SECTIONS = {
     "ladder": "Published and measured",
+    "differences": "Differences",
     "curves": "Accuracy and loss by epoch",
     "seeds": "Accuracy over seeds",
     "time": "Time against accuracy",
@@ -68,12 +69,13 @@ SECTIONS = {
 }
 
 
-def html(groups: Sequence[Group], experiments: Sequence[Experiment]) -> str:
+def html(groups: Sequence[Group], experiments: Sequence[Experiment], differences: Sequence[Table]) -> str:
     """The page.
 
     Args:
       groups: from `tables.grouped`; at least one.
       experiments: the declared recipes, which hold the published figures.
+      differences: from `tables.differences`.
     """
     found = [record for group in groups for record in (*group.arm.records, *group.repeats)]
     statuses = ", ".join(f"{sum(record.status == status for record in found)} {status}" for status in STATUSES)
@@ -82,6 +84,7 @@ def html(groups: Sequence[Group], experiments: Sequence[Experiment]) -> str:
     alike = list(_by_data(groups))
     parts = {
         "ladder": _ladder(groups, experiments),
+        "differences": _differences(differences),
         "curves": _curves(groups),
         "seeds": _seeds(alike) if alike else ["<p>No run has finished.</p>"],
         "time": _time(alike) if alike else ["<p>No run has finished.</p>"],
@@ -125,6 +128,20 @@ def _ladder(groups: Sequence[Group], experiments: Sequence[Experiment]) -> Itera
         yield "<p>No declared recipes were found here, so that there are no published figures.</p>"
     for i, table in enumerate(tables.ladder(groups, experiments)):
         yield table_html(table, f"ladder-{i}")
+
+
+def _differences(found: Sequence[Table]) -> Iterator[str]:
+    yield (
+        "<p>Accuracy with test-time augmentation, in percentage points, of arms with two finished runs or more; the "
+        "95 % interval is Welch's. p is corrected for the number of comparisons in the table (Holm); where that is "
+        "below 0.05, a difference is called higher or lower. The runs to see it are those that each of two arms would "
+        "need if the difference were as large as it looks (80 % power). A run that diverged or crashed has no "
+        "accuracy and is left out, which flatters its arm.</p>"
+    )
+    if not found:
+        yield "<p>No data set has two such arms.</p>"
+    for i, table in enumerate(found):
+        yield table_html(table, f"difference-{i}")
 
 
 def _curves(groups: Sequence[Group]) -> Iterator[str]:

@@ -18,8 +18,17 @@ from fastcifar_jax.options import Invocation, refusals
     "--markdown", "markdown_path", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
     help="Also write the tables as GitHub Markdown.",
 )  # fmt: skip
+@click.option("--against", metavar="ARM", help="What arms are compared with; by default the first of each data set.")
+@click.option("--previous", is_flag=True, help="Each arm against the one above it instead.")
 @click.pass_obj
-def report_command(invocation: Invocation, runs: tuple[Path, ...], out: Path, markdown_path: Path | None) -> None:
+def report_command(
+    invocation: Invocation,
+    runs: tuple[Path, ...],
+    out: Path,
+    markdown_path: Path | None,
+    against: str | None,
+    previous: bool,
+) -> None:
     """Makes one HTML page of records, to be read without network or script.
 
     RUNS are folders of records, as --out of `run` names them, or single records; by default the folder runs.
@@ -33,9 +42,13 @@ def report_command(invocation: Invocation, runs: tuple[Path, ...], out: Path, ma
     if markdown_path and markdown_path.resolve() == out.resolve():
         raise click.UsageError(f"--out and --markdown are both {out}; give two files")
     groups = tables.grouped(found, experiments)
-    records.write_text(out, page.html(groups, experiments))
+    names = [group.arm.name for group in groups]
+    if against is not None and against not in names:
+        raise click.UsageError(f"--against {against} is no arm of these records; they are of {', '.join(names)}")
+    differences = tables.differences(groups, against, previous)
+    records.write_text(out, page.html(groups, experiments, differences))
     click.echo(f"{len(found)} records of {len(groups)} arms; page in {out}")
     if markdown_path:
-        shown = [*tables.ladder(groups, experiments), *tables.run_tables(groups)]
+        shown = [*tables.ladder(groups, experiments), *differences, *tables.run_tables(groups)]
         records.write_text(markdown_path, tables.markdown(shown))
         click.echo(f"tables in {markdown_path}")

@@ -5,8 +5,8 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from fastcifar_jax import records, report, stats
-from fastcifar_jax.comparison import METRICS, Arm, arm_name, values_of
+from fastcifar_jax import comparison, records, report, stats
+from fastcifar_jax.comparison import METRICS, Arm, Question, arm_name, values_of
 from fastcifar_jax.discover import Experiment
 from fastcifar_jax.recipe import Published, Recipe, flatten
 from fastcifar_jax.records import STATUSES, Record
@@ -126,6 +126,32 @@ def ladder(groups: Sequence[Group], experiments: Sequence[Experiment]) -> list[T
     return [*tables, _ladder_table("Recipes that no module declares", rows)] if rows else tables
 
 
+DIFFERENCES = ("arm", "n", "with TTA", "difference", "p (Holm)", "verdict", "runs to see it", "training time")
+
+
+def differences(groups: Sequence[Group], against: str | None = None, previous: bool = False) -> list[Table]:
+    """The arms' accuracies with TTA against another's, in points: a table for each data set that has arms to compare.
+
+    Those are arms of two finished runs or more. The numbers are those of `comparison.compare`.
+
+    Args:
+      groups: from `grouped`.
+      against: the arm that the others are compared with; the first of a data set where that has no arm of this name.
+      previous: whether each arm is compared with the one above it instead.
+    """
+    question = Question(previous=previous)
+    by_data: dict[tuple, list[Arm]] = {}
+    for group in groups:
+        found = values_of(group.arm, question.metric).values()
+        if len(found) > 1 and all(map(plausible, found)):
+            by_data.setdefault(group.data, []).append(group.arm)
+    return [
+        _difference_table(sorted(arms, key=lambda arm: arm.name != against), question)  # stable
+        for arms in by_data.values()
+        if len(arms) > 1
+    ]
+
+
 def run_tables(groups: Sequence[Group]) -> list[Table]:
     """Every run, finished or not; the data sets and the environments that its row refers to as D1, E1 and so on."""
     environments: dict[tuple, str] = {}
@@ -216,6 +242,25 @@ def _data_key(record):
     return record.data["hash"], record.data["train"], record.data["test"]
 
 
+def _difference_table(arms, question):
+    answer = comparison.compare(arms, question)
+    rows = []
+    for arm, d in zip(arms, (None, *answer["differences"]), strict=True):
+        shown = _difference(d) if d else ("", "", "", "")
+        tta, time = summarize(arm, question.metric), summarize(arm, "train_seconds")
+        rows.append((arm.name, _count(arm), measured(tta, percent), *shown, measured(time, seconds)))
+    base = "the arm above it" if question.previous else arms[0].name
+    caption = f"Each against {base}: {data_text(arms[0].records[0])}"
+    return Table(clean(caption), DIFFERENCES, tuple(rows), frozenset(DIFFERENCES[1:]) - {"verdict"})
+
+
+def _difference(d):
+    size = f"{d['estimate']:+.2f} ({d['low']:+.2f} to {d['high']:+.2f})"
+    verdict = "none shown" if d["p_holm"] >= 0.05 else "higher" if d["estimate"] > 0 else "lower"
+    needed = d["runs_for_observed"]
+    return size, f"{d['p_holm']:.2g}", verdict, f"{needed:,}" if needed else ""
+
+
 def _ladder_table(caption, rows):
     return Table(clean(caption), LADDER, tuple(rows), frozenset(LADDER[1:-1]))
 
@@ -223,11 +268,15 @@ def _ladder_table(caption, rows):
 def _measured_row(arm, recipe):
     first = arm.records[0]
     test, tta, time = (summarize(arm, metric) for metric in METRICS[:3])
-    finished, count = (test.n if test else 0), len(arm.records)
-    n = str(finished) if finished == count else f"{finished} of {count}"
     published = _published(recipe) if recipe else ("", "")
-    cells = (measured(test, percent), measured(tta, percent), measured(time, seconds))
-    return (arm.name, clean(first.recipe.get("num_epochs", "")), *published, n, *cells, _note(arm, recipe))
+    cells = (_count(arm), measured(test, percent), measured(tta, percent), measured(time, seconds))
+    return (arm.name, clean(first.recipe.get("num_epochs", "")), *published, *cells, _note(arm, recipe))
+
+
+def _count(arm):
+    """ "5", or "3 of 5" where some have not finished."""
+    finished, count = len(values(arm, "test_accuracy")), len(arm.records)
+    return str(finished) if finished == count else f"{finished} of {count}"
 
 
 def _note(arm, recipe):

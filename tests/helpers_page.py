@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 from experiments.bag_of_tricks import baseline, celu, final
-from fastcifar_jax import records, tables
+from fastcifar_jax import page, records, tables
 from fastcifar_jax.discover import Experiment
 from fastcifar_jax.recipe import change, flatten
 from fastcifar_jax.types import EpochInfo
@@ -55,6 +55,11 @@ def record(recipe=final, seed=0, status="finished", accuracy=0.9, seconds=10.0, 
 
 def arms_of(found):
     return tables.grouped(found, EXPERIMENTS)
+
+
+def html_of(found):
+    groups = arms_of(found)
+    return page.html(groups, EXPERIMENTS, tables.differences(groups))
 
 
 MIXED = [

@@ -10,7 +10,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from helpers_page import EXPERIMENTS, MIXED, Page, arms_of, cells, hostile, record
+from helpers_page import EXPERIMENTS, MIXED, Page, arms_of, cells, hostile, html_of, record
 
 from experiments.bag_of_tricks import baseline, final
 from fastcifar_jax import charts, page, records, stats, tables
@@ -19,7 +19,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 
 
 def test_page_is_well_formed_alone_and_says_what_it_is():
-    parsed = Page(page.html(arms_of(MIXED), EXPERIMENTS))
+    parsed = Page(html_of(MIXED))
     ids = [attributes["id"] for _, attributes, _ in parsed.elements if "id" in attributes]
     assert len(ids) == len(set(ids))
     for _, attributes, _ in parsed.elements:
@@ -36,8 +36,8 @@ def test_page_is_well_formed_alone_and_says_what_it_is():
 
 
 def test_every_table_and_chart_can_be_read_aloud():
-    parsed = Page(page.html(arms_of(MIXED), EXPERIMENTS))
-    assert len(parsed.named("table")) == len(parsed.named("caption")) == 5
+    parsed = Page(html_of(MIXED))
+    assert len(parsed.named("table")) == len(parsed.named("caption")) == 6
     assert {attributes["scope"] for attributes, _ in parsed.named("th")} == {"col", "row"}
     shown = [attributes for name, attributes, above in parsed.elements if name == "svg" and "svg" not in above]
     images = [attributes for attributes in shown if attributes.get("role") == "img"]
@@ -123,7 +123,7 @@ def test_numbers_of_arms_at_the_same_place_stand_apart():
 def test_curves_show_the_mean_of_the_finished_runs_and_every_run():
     svg = re.search(
         r'<svg [^>]*aria-labelledby="accuracy-1-t".*?(?=<svg [^>]*role)',
-        page.html(arms_of(MIXED), EXPERIMENTS),
+        html_of(MIXED),
         re.DOTALL,
     )[0]
     at, *_ = axis(svg, "y")
@@ -138,10 +138,7 @@ def test_curves_show_the_mean_of_the_finished_runs_and_every_run():
 
 def test_the_loss_of_a_diverged_run_does_not_set_the_scale():
     wild = tuple(epoch._replace(train_loss=1e9, test_loss=math.inf) for epoch in MIXED[0].epochs)
-    pages = [
-        page.html(arms_of([*MIXED[:3], *more]), EXPERIMENTS)
-        for more in ([], [record(baseline, 3, "diverged", epochs=wild)])
-    ]
+    pages = [html_of([*MIXED[:3], *more]) for more in ([], [record(baseline, 3, "diverged", epochs=wild)])]
     without, with_it = (re.findall(r'class="tick"[^>]*>([^<]+)', text) for text in pages)
     assert without == with_it and pages[1].count('"end training"') == 2  # accuracy and loss
 
@@ -165,7 +162,7 @@ def test_log_ticks_are_few_and_hold_the_range(low, high):
 def test_a_hostile_record_adds_no_markup(status):
     data = {"source": "digits", "hash": "d", "train": 1437, "test": 360}
     tame = record(status=status, experiment="other", data=data, conv="onednn", epochs=hostile().epochs)
-    pages = [Page(page.html(arms_of([new, record()]), EXPERIMENTS)) for new in (hostile(status), tame)]
+    pages = [Page(html_of([new, record()])) for new in (hostile(status), tame)]
     names, others = ([(name, sorted(attributes), above) for name, attributes, above in each.elements] for each in pages)
     assert names == others
     text = "".join(pages[0].texts)
@@ -179,9 +176,9 @@ def test_numbers_beyond_reason_are_no_results():
     new = [record(seed=seed, accuracy=accuracy) for seed, accuracy in enumerate((0.9, math.nan, 1e200))]
     row = cells(tables.ladder(arms_of(new), EXPERIMENTS)[0], "final")
     assert (row["n"], row["test"]) == ("1 of 3", "90.00 %")
-    assert "nan" not in "".join(re.findall(r' d="[^"]*"| c[xy]="[^"]*"', page.html(arms_of(new), EXPERIMENTS)))
-    assert 'id="time-0-t"' in page.html(arms_of([record(seconds=-5.0, accuracy=-2.0)]), EXPERIMENTS)
-    nothing = page.html(arms_of([record(status="crashed", epochs=())]), EXPERIMENTS)
+    assert "nan" not in "".join(re.findall(r' d="[^"]*"| c[xy]="[^"]*"', html_of(new)))
+    assert 'id="time-0-t"' in html_of([record(seconds=-5.0, accuracy=-2.0)])
+    nothing = html_of([record(status="crashed", epochs=())])
     assert (
         nothing.count("No run has finished.") == 2
         and "no accuracy or loss to draw" in nothing
@@ -198,6 +195,11 @@ def test_command(tmp_path, monkeypatch, call):
     parsed = Page(Path("report.html").read_text(encoding="utf-8"))
     assert len(parsed.named("figure")) == 5 and "airbench96" in parsed.texts  # declared in the clone
     assert "| `mine` | 3 |" in Path("sub/tables.md").read_text(encoding="utf-8")
+    assert "Each against baseline" in Path("report.html").read_text(encoding="utf-8")
+    status, out, _ = call("report", "--against", "final", "--out", "against.html")
+    assert status == 0 and "Each against final" in Path("against.html").read_text(encoding="utf-8")
+    status, out, _ = call("report", "--previous", "--out", "previous.html")
+    assert status == 0 and "Each against the arm above it" in Path("previous.html").read_text(encoding="utf-8")
     status, out, _ = call("report", str(path), "runs", str(path.resolve()), "--out", "two.html")
     assert status == 0 and out.startswith("8 records of 3 arms")
     status, out, _ = call("report", str(path), "--out", "one.html")
@@ -211,6 +213,7 @@ def test_command(tmp_path, monkeypatch, call):
         (("nowhere",), 2, "'nowhere' does not exist"),
         (("damaged",), 2, "is no record of a run"),
         (("good", "--markdown", "report.html"), 2, "--out and --markdown are both report.html"),
+        (("good", "--against", "fina"), 2, "--against fina is no arm of these records; they are of final"),
         (("good", "--out", "good"), 2, "'good' is a directory"),
         (("good", "--out", "good/final/file.html/x"), 0, ""),
         (("good", "--out", "file/x.html"), 1, "cannot write file/x.html"),
@@ -258,7 +261,7 @@ def chromium(path, profile, *options):
 @pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium or Chrome on the PATH")
 def test_in_a_browser(tmp_path):
     long = [record(dataclasses.replace(final, name="a_name_" * 12), accuracy=0.7), hostile("crashed")]
-    text = page.html(arms_of([*MIXED, *long]), EXPERIMENTS)
+    text = html_of([*MIXED, *long])
     path = tmp_path / "page.html"
     path.write_text(text, encoding="utf-8")
     shown, console = chromium(path, tmp_path / "profile")

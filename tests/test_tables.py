@@ -4,9 +4,9 @@ import dataclasses
 import json
 
 import pytest
-from helpers_page import EXPERIMENTS, MIXED, Page, arms_of, cells, record
+from helpers_page import EXPERIMENTS, MIXED, Page, arms_of, cells, html_of, record
 
-from experiments.bag_of_tricks import baseline, final
+from experiments.bag_of_tricks import baseline, celu, final
 from fastcifar_jax import page, records, stats, tables
 from fastcifar_jax.recipe import Published, flatten
 
@@ -84,7 +84,43 @@ def test_grouping():
         "final on cifar10, 50,000 images",
         "final on digits, 1,437 images",
     }
-    assert len(Page(page.html(arms_of([record(), digits]), EXPERIMENTS)).named("figure")) == 2 + 2 + 2
+    assert len(Page(html_of([record(), digits])).named("figure")) == 2 + 2 + 2
+
+
+def test_differences_are_those_of_compare():
+    """Of the arms with two finished runs; the single run of `mine` is left out."""
+    (table,) = tables.differences(arms_of(MIXED))
+    assert table.caption == "Each against baseline: cifar10, 50,000 training and 10,000 test images"
+    assert [row[:2] for row in table.rows] == [("baseline", "3 of 5"), ("final", "2")]
+    assert set(table.rows[0][3:7]) == {""}
+    row, found = cells(table, "final"), stats.welch([91.0, 92.0, 93.0], [93.0, 93.5])
+    assert row["difference"] == f"{found.estimate:+.2f} ({found.low:+.2f} to {found.high:+.2f})"
+    assert (row["p (Holm)"], row["verdict"]) == (f"{found.p_value:.2g}", "none shown")
+    assert row["runs to see it"] == str(stats.runs_needed(1.0, 0.5**1.5, 1.25))
+    (table,) = tables.differences(arms_of(MIXED), "final")
+    assert [row[0] for row in table.rows] == ["final", "baseline"]
+    assert cells(table, "baseline")["difference"].startswith("-1.25 ")
+
+
+def test_differences_are_of_one_data_set_and_called_by_their_sign():
+    data = {"source": "digits", "hash": "ab", "train": 1437, "test": 360}
+    better = [record(final, seed, accuracy=0.95 + 0.001 * seed) for seed in range(4)]
+    other = [
+        record(recipe, seed, data=data, accuracy=a) for recipe, a in ((baseline, 0.9), (final, 0.8)) for seed in (0, 1)
+    ]
+    worse = [record(celu, seed, accuracy=0.9 + 0.001 * seed) for seed in range(4)]
+    first = [record(baseline, seed, accuracy=0.92 + 0.001 * seed) for seed in range(4)]
+    found = tables.differences(arms_of([*better, *other, *worse, *first]))
+    assert [[row[0].split()[0] for row in table.rows] for table in found] == [
+        ["baseline", "celu", "final"],
+        ["baseline", "final"],
+    ]
+    assert [row[5] for row in found[0].rows] == ["", "lower", "higher"] and found[1].rows[1][5] == "lower"
+    (table, _) = tables.differences(arms_of([*better, *other, *worse, *first]), previous=True)
+    assert [row[3].split()[0] for row in table.rows[1:]] == ["-2.00", "+5.00"] and "above it" in table.caption
+    assert tables.differences(arms_of([*better, record(baseline)])) == []
+    absurd = [record(baseline, seed, accuracy=1e20 * seed) for seed in range(4)]
+    assert tables.differences(arms_of([*better, *absurd])) == []
 
 
 def test_no_run_is_left_out_of_the_runs():
