@@ -41,6 +41,7 @@ class AirNetwork(nn.Module):
         self.scale = model.output_scale
         self.whiten = nn.Conv2d(3, 24, 2)
         self.whiten.weight.requires_grad_(False)
+        self.trains_whiten = True  # False spares the gradient of the whitening layer's bias
         widths = (24, *model.channels)
         self.groups = nn.ModuleList(
             nn.ModuleList(Unit(model, a if i == 0 else b, b, pool=i == 0) for i in range(model.convs))
@@ -55,7 +56,8 @@ class AirNetwork(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits of normalised images, `[batch, 3, height, width]` -> `[batch, classes]`."""
-        x = F.gelu(self.whiten(x))
+        bias = self.whiten.bias if self.trains_whiten else self.whiten.bias.detach()
+        x = F.gelu(F.conv2d(x, self.whiten.weight, bias))
         for first, second, *third in self.groups:
             x = skip = F.gelu(first(x))
             x = F.gelu(second(x))
@@ -92,6 +94,8 @@ def make_update(
                 for group in optimizer.param_groups:
                     group["lr"] = group["peak_lr"] * multiple
                 optimizer.step()
+            else:
+                network.trains_whiten = False
         if isinstance(recipe.average, Lookahead) and count % recipe.average.every == 0:
             keep = recipe.average.decay**recipe.average.every * (count / num_steps) ** 3
             with torch.no_grad():

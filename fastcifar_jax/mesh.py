@@ -135,8 +135,8 @@ def compile_for_mesh(
         args = (state, plan, dataset, index, values)
         program = compiled(train_whole_epoch, args, **specs, donate=0, options=compiler_options())
 
-        def train_epoch(values, state, dataset, plan, num_steps, on_step):
-            del on_step
+        def train_epoch(values, state, dataset, plan, epoch, num_steps, on_step):
+            del epoch, on_step
             return program(state, plan, dataset, np.int32(num_steps), values)
 
     else:
@@ -144,8 +144,8 @@ def compile_for_mesh(
         batch_args = (state, totals, plan, dataset, index, values)
         program = compiled(train_one_batch, batch_args, **specs, donate=(0, 1), options=compiler_options())
 
-        def train_epoch(values, state, dataset, plan, num_steps, on_step):
-            del on_step
+        def train_epoch(values, state, dataset, plan, epoch, num_steps, on_step):
+            del epoch, on_step
             sums = place(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), totals), lies(one))
             for i in range(num_steps):
                 state, sums = program(state, sums, plan, dataset, np.int32(i), values)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from fastcifar_jax.optim import freeze_after, label_by_path, scale_by_steps
+from fastcifar_jax.optim import WHITEN_BIAS, freeze_after, label_by_path, scale_by_steps
 from fastcifar_jax.schedules import Triangle, count_steps
 from fastcifar_jax.types import Params
 
@@ -137,10 +137,14 @@ class Muon:
             "head": sgd(self.head_lr, schedule),
             "kernel": kernels,
         }
-        groups = {"whiten": r"whiten/bias$", "bias": r"bias$", "head": r"linear$", "kernel": r"kernel$"}
+        groups = {"whiten": WHITEN_BIAS, "bias": r"bias$", "head": r"linear$", "kernel": r"kernel$"}
 
         def label(params: Params) -> Params:
             return label_by_path(params, groups)
 
         # the gradients of the summed loss, which the rates are for
         return optax.chain(optax.scale(batch_size), optax.partition(transforms, label))
+
+    def frozen(self, epoch: int) -> str | None:
+        """See `optim.frozen_parameters`."""
+        return WHITEN_BIAS if epoch > self.whiten_bias_epochs else None

@@ -1,7 +1,6 @@
 """Normalisation by the statistics of ghost groups, with a gradient that passes over the maps as few times as it can."""
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -75,23 +74,22 @@ def normalize_groups_and_pool(
 
 def _normalize_and_residuals(x, scale, bias, num_groups, eps, axis_name):
     over_devices = (lambda a: a) if axis_name is None else functools.partial(lax.pmean, axis_name=axis_name)
-    grouped = _group(x, num_groups).astype(scale.dtype)
-    mean = over_devices(grouped.mean((0, 2)))
+    maps = x.astype(scale.dtype)
+    size = maps[..., 0].size // num_groups
+    mean = over_devices(_sums(maps, num_groups) / size)
     # E[x^2] - E[x]^2 would lose digits.
-    variance = over_devices(jnp.square(grouped - _over_maps(mean)).mean((0, 2)))
+    variance = over_devices(_sums(jnp.square(maps - _over_maps(mean, maps)), num_groups) / size)
     inverse = lax.rsqrt(variance + eps)
     weight = inverse * scale[None, :]
-    y = _affine(grouped, weight, bias[None, :] - mean * weight)
-    return (y.reshape(x.shape).astype(x.dtype), mean, variance), (x, scale, mean, inverse, eps)
+    y = _affine(maps, weight, bias[None, :] - mean * weight)
+    return (y.astype(x.dtype), mean, variance), (x, scale, mean, inverse, eps)
 
 
 def _gradients(num_groups, axis_name, residuals, cotangents):
     x, *rest = residuals
-    # The barrier has the cotangent computed once, and what is made of x not before it is needed.
-    x, cotangent = lax.optimization_barrier((x, cotangents[0]))
-    grouped, cotangent = (_group(a, num_groups).astype(rest[0].dtype) for a in (x, cotangent))
-    to_x, *others = _gradients_of_grouped(grouped, cotangent, cotangent, *rest, axis_name)
-    return to_x.reshape(x.shape).astype(x.dtype), *others
+    maps, cotangent = (a.astype(rest[0].dtype) for a in (x, cotangents[0]))
+    to_x, *others = _gradients_of_maps(maps, cotangent, cotangent, num_groups, *rest, axis_name)
+    return to_x.astype(x.dtype), *others
 
 
 normalize_groups.defvjp(_normalize_and_residuals, _gradients)
@@ -105,26 +103,25 @@ def _pooled_and_residuals(x, scale, bias, num_groups, eps, size, axis_name):
 
 def _gradients_through_pool(num_groups, size, axis_name, residuals, cotangents):
     x, *rest, first = residuals
-    x, cotangent, first = lax.optimization_barrier((x, cotangents[0], first))
-    cotangent = cotangent.astype(rest[0].dtype)
+    cotangent = cotangents[0].astype(rest[0].dtype)
     spread = spread_to_first(first, cotangent, size)
-    grouped = x.astype(rest[0].dtype).reshape(spread.shape)
-    split = lambda a: a.reshape(-1, num_groups, *a.shape[1:])
-    to_x, *others = _gradients_of_grouped(split(grouped), split(spread), split(cotangent), *rest, axis_name)
+    maps = x.astype(rest[0].dtype).reshape(spread.shape)
+    to_x, *others = _gradients_of_maps(maps, spread, cotangent, num_groups, *rest, axis_name)
     return to_x.reshape(x.shape).astype(x.dtype), *others
 
 
 normalize_groups_and_pool.defvjp(_pooled_and_residuals, _gradients_through_pool)
 
 
-def _gradients_of_grouped(grouped, cotangent, short, scale, mean, inverse, eps, axis_name):
+def _gradients_of_maps(maps, cotangent, short, num_groups, scale, mean, inverse, eps, axis_name):
     """Gradients of the norm.
 
     Args:
-      grouped: its input, [batch / groups, groups, ..., channels].
+      maps: its input, [batch, ..., channels].
       cotangent: of its output, in the same layout.
-      short: something with the sums of `cotangent`, the fewer numbers the better; its first two axes and the last are
+      short: something with the sums of `cotangent`, the fewer numbers the better; its first axis and the last are
         those of `cotangent`.
+      num_groups: ghost groups.
       scale: as the norm was given it.
       mean: of the groups.
       inverse: 1 / standard deviation of the groups.
@@ -132,20 +129,19 @@ def _gradients_of_grouped(grouped, cotangent, short, scale, mean, inverse, eps, 
       axis_name: as the norm was given it.
 
     Returns:
-      The gradients of `grouped`, `scale`, `bias` and `eps`.
+      The gradients of `maps`, `scale`, `bias` and `eps`.
     """
-    over = lambda a: (0, *range(2, a.ndim - 1))
-    total = short.sum(over(short))
-    moment = (cotangent * (grouped - _over_maps(mean, grouped.ndim))).sum(over(grouped)) * inverse
+    total = _sums(short, num_groups)
+    moment = _sums(cotangent * (maps - _over_maps(mean, maps)), num_groups) * inverse
     of_scale, of_bias = moment.sum(0), total.sum(0)
     of_eps = (moment * jnp.square(inverse) * (-0.5 * scale)[None, :]).sum().astype(eps.dtype)
-    size, weight = math.prod(grouped.shape[axis] for axis in over(grouped)), inverse * scale[None, :]
+    size, weight = maps[..., 0].size // num_groups, inverse * scale[None, :]
     if axis_name is not None:  # an image moves the statistics that the other devices' images are normalised by
         total, moment = lax.psum((total, moment), axis_name)
         size *= lax.axis_size(axis_name)
     # weight * (cotangent - total / size - normalised * moment / size), gathered into one factor of each array
     of_x = weight * inverse * moment / size
-    to_x = _affine(cotangent, weight, -weight * total / size) + _affine(grouped, -of_x, mean * of_x)
+    to_x = _affine(cotangent, weight, -weight * total / size) + _affine(maps, -of_x, mean * of_x)
     return to_x, of_scale, of_bias, of_eps
 
 
@@ -192,19 +188,22 @@ def share_of_batch(batch: Int[Array, " batch"], num_groups: int, axis_name: str)
     return lax.dynamic_slice_in_dim(grouped, lax.axis_index(axis_name) * size, size, axis).reshape(-1)
 
 
-def _group(x, num_groups):
-    """[batch, height, width, channels] -> [batch / groups, groups, height * width, channels]."""
-    batch, height, width, channels = x.shape
-    return x.reshape(batch // num_groups, num_groups, height * width, channels)
+# The maps are never reshaped to [batch / groups, groups, ...]: XLA:CPU would compute what lies before and after the
+# reshape anew in each loop that uses it, with divisions in its indices.
 
 
-def _over_maps(statistics, ndim=4):
-    """[groups, channels] -> [1, groups, 1, ..., channels]."""
-    groups, channels = statistics.shape
-    return statistics.reshape(1, groups, *[1] * (ndim - 3), channels)
+def _sums(maps, num_groups):
+    """[batch, ..., channels] -> [groups, channels]."""
+    of_images = maps.sum(range(1, maps.ndim - 1))
+    return of_images.reshape(-1, num_groups, maps.shape[-1]).sum(0)
 
 
-def _affine(grouped, factor, shift):
-    """`grouped * factor + shift`; the barrier keeps XLA from computing the factors anew for every element."""
-    factor, shift = lax.optimization_barrier((factor, shift))
-    return grouped * _over_maps(factor, grouped.ndim) + _over_maps(shift, grouped.ndim)
+def _over_maps(statistics, maps):
+    """[groups, channels] -> [batch, 1, ..., channels], each image its group's."""
+    of_images = jnp.tile(statistics, (len(maps) // len(statistics), 1))
+    return of_images.reshape(len(maps), *[1] * (maps.ndim - 2), -1)
+
+
+def _affine(maps, factor, shift):
+    """`maps * factor + shift`, with factors of the groups."""
+    return maps * _over_maps(factor, maps) + _over_maps(shift, maps)

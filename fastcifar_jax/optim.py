@@ -12,13 +12,33 @@ from jaxtyping import Array, Int
 from fastcifar_jax.schedules import Schedule, Triangle, WarmupDecay, count_steps
 from fastcifar_jax.types import Params, by_path
 
+WHITEN_BIAS = r"whiten/bias$"  # path of the one parameter that airbench freezes during a run
+
 
 class Optimizer(Protocol):
-    """What `Recipe.optim` must be: a frozen dataclass that builds an optax transformation for a run's length."""
+    """What `Recipe.optim` must be: a frozen dataclass that builds an optax transformation for a run's length.
+
+    One that stops training some parameters can say so with a method `frozen(epoch)`, see `frozen_parameters`.
+    """
 
     def __call__(self, num_epochs: float, steps_per_epoch: int, batch_size: int) -> optax.GradientTransformation:
         """The transformation for a run of `num_epochs` epochs; it takes the gradients of a mean loss."""
         ...
+
+
+def frozen_parameters(optim: Optimizer, epoch: int) -> str | None:
+    """A pattern of the paths of the parameters that an optimiser leaves alone in an epoch, 1-based; None for none.
+
+    Their gradients are then not computed. The optimiser has to leave them alone nonetheless: it gets zeros.
+    """
+    frozen = getattr(optim, "frozen", None)
+    return None if frozen is None else frozen(epoch)
+
+
+def stop_gradients(params: Params, pattern: str) -> Params:
+    """The parameters, of which no gradient reaches those whose path matches the pattern."""
+    groups = label_by_path(params, {"frozen": pattern, "trained": ""})
+    return jax.tree.map(lambda p, group: jax.lax.stop_gradient(p) if group == "frozen" else p, params, groups)
 
 
 class Progress(NamedTuple):
@@ -295,8 +315,12 @@ class Kilostep:
             scale_by_steps(lambda step: rate * schedule(step)),
         ]
         if self.whiten_bias_epochs is not None:
-            parts.append(freeze_after(r"whiten/bias$", self.whiten_bias_epochs * steps_per_epoch))
+            parts.append(freeze_after(WHITEN_BIAS, self.whiten_bias_epochs * steps_per_epoch))
         return optax.chain(*parts)
+
+    def frozen(self, epoch: int) -> str | None:
+        """See `frozen_parameters`."""
+        return WHITEN_BIAS if self.whiten_bias_epochs is not None and epoch > self.whiten_bias_epochs else None
 
 
 def scale_by_steps(schedule: Schedule) -> optax.GradientTransformation:

@@ -49,7 +49,6 @@ def spread_to_first(
 
 def _pool_and_residuals(x, size):
     y, first = pool_and_first(x, size)
-    y = jax.lax.optimization_barrier(y)  # computed once: XLA would pool again for each of its users
     return y, (first, jnp.zeros((0, *x.shape[1:3])))  # an empty array that carries the map's size
 
 

@@ -273,7 +273,9 @@ def _train_group(recipe, programs, seeds, keys, dataset, each, compile_seconds, 
     for epoch, num_steps in enumerate(steps_of_epochs(recipe, programs.steps_per_epoch), start=1):
         start = time.perf_counter()
         plan = programs.plan(keys, np.int32(epoch), dataset)
-        state, totals = jax.block_until_ready(programs.train_epoch(values, state, dataset, plan, num_steps, None))
+        state, totals = jax.block_until_ready(
+            programs.train_epoch(values, state, dataset, plan, epoch, num_steps, None)
+        )
         seconds = (time.perf_counter() - start) / each
         state = programs.enter_evaluation(state, epoch)
         totals, test = to_host((totals, programs.evaluate(values, state, dataset)))

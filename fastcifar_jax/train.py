@@ -20,7 +20,7 @@ from fastcifar_jax.evaluate import evaluate
 from fastcifar_jax.losses import num_correct
 from fastcifar_jax.model import PRECISIONS, Model
 from fastcifar_jax.norm import share_of_batch
-from fastcifar_jax.optim import Average, Progress
+from fastcifar_jax.optim import Average, Progress, frozen_parameters, stop_gradients
 from fastcifar_jax.recipe import Recipe, resolve_dtype
 from fastcifar_jax.schedules import count_steps
 from fastcifar_jax.tunable import Values, program_key, tunable, with_tunable
@@ -65,6 +65,7 @@ def make_train_step(
     steps_per_epoch: int,
     num_steps: int,
     axis_name: str | None = None,
+    frozen: str | None = None,
 ) -> TrainStep:
     """One optimiser step as a pure function `(state, batch) -> (state, info)`.
 
@@ -80,10 +81,12 @@ def make_train_step(
       num_steps: of the whole run.
       axis_name: mesh axis whose devices each have an equal share of the batch; the sums are taken over all of them,
         so that every device makes the same step. None for the whole batch here.
+      frozen: pattern of the paths of parameters whose gradients are not computed, but zero.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepInfo]:
         def summed_loss(params):
+            params = params if frozen is None else stop_gradients(params, frozen)
             variables = {"params": params, "frozen": state.frozen, "batch_stats": state.batch_stats}
             logits, batch_stats = model.apply(variables, batch.images, True)
             return loss(logits, batch.labels).sum(), (batch_stats, num_correct(logits, batch.labels))
@@ -114,7 +117,9 @@ def evaluated(state: TrainState) -> dict[str, Any]:
     return {**trained, "frozen": state.frozen}
 
 
-def make_functions(recipe: Recipe, num_classes: int, num_train: int, axis_name: str | None = None) -> Functions:
+def make_functions(
+    recipe: Recipe, num_classes: int, num_train: int, axis_name: str | None = None, frozen: str | None = None
+) -> Functions:
     """The pure functions that make up a run of `recipe`.
 
     Args:
@@ -123,6 +128,7 @@ def make_functions(recipe: Recipe, num_classes: int, num_train: int, axis_name: 
       num_train: number of training images.
       axis_name: mesh axis whose devices each train on a share of every batch, inside `jax.shard_map`; None for one
         device.
+      frozen: pattern of the paths of parameters that are not trained, see `frozen_parameters`.
 
     Raises:
       ValueError: fewer training images than one batch, or a batch that the network cannot split.
@@ -139,7 +145,7 @@ def make_functions(recipe: Recipe, num_classes: int, num_train: int, axis_name: 
         model = model.split(axis_name)
     tx = recipe.optim(recipe.num_epochs, steps_per_epoch, batch_size)
     num_steps = count_steps(recipe.num_epochs, steps_per_epoch)
-    train_step = make_train_step(model, recipe.loss, tx, recipe.average, steps_per_epoch, num_steps, axis_name)
+    train_step = make_train_step(model, recipe.loss, tx, recipe.average, steps_per_epoch, num_steps, axis_name, frozen)
     image_dtype = PRECISIONS[recipe.compute_dtype].images
     as_images = functools.partial(normalize, mean=recipe.mean, std=recipe.std, dtype=image_dtype)
 
@@ -244,13 +250,15 @@ class Programs(NamedTuple):
 
     init: Callable[[Values, PRNGKeyArray, Dataset], TrainState]
     plan: Callable[[PRNGKeyArray, Int[Array, ""] | np.int32, Dataset], EpochPlan]
-    train_epoch: Callable[..., tuple[TrainState, StepInfo]]  # (values, state, dataset, plan, num_steps, on_step)
+    train_epoch: Callable[..., tuple[TrainState, StepInfo]]  # (values, state, dataset, plan, epoch, num_steps, on_step)
     enter_evaluation: Callable[[TrainState, int], TrainState]
     evaluate: Callable[[Values, TrainState, Dataset], Evaluation]
     steps_per_epoch: int
 
 
-def with_values(recipe: Recipe, num_classes: int, num_train: int, axis_name: str | None = None) -> Callable:
+def with_values(
+    recipe: Recipe, num_classes: int, num_train: int, axis_name: str | None = None, frozen: str | None = None
+) -> Callable:
     """The functions of `make_functions` as functions of the recipe's tunable numbers too.
 
     Args:
@@ -258,6 +266,7 @@ def with_values(recipe: Recipe, num_classes: int, num_train: int, axis_name: str
       num_classes: size of the logits.
       num_train: number of training images.
       axis_name: mesh axis whose devices each train on a share of every batch.
+      frozen: pattern of the paths of parameters that are not trained.
 
     Returns:
       `function(name)`: the function of that name, with `values` before its own arguments.
@@ -266,7 +275,7 @@ def with_values(recipe: Recipe, num_classes: int, num_train: int, axis_name: str
 
     def function(name):
         def call(values, *args):
-            functions = make_functions(with_tunable(recipe, values), num_classes, num_train, axis_name)
+            functions = make_functions(with_tunable(recipe, values), num_classes, num_train, axis_name, frozen)
             return getattr(functions, name)(*args)
 
         return call
@@ -286,28 +295,33 @@ def compile_programs(recipe: Recipe, num_classes: int, dataset: Dataset, driver:
     Raises:
       ValueError: a recipe that does not fit the data.
     """
-    functions = make_functions(recipe, num_classes, len(dataset.train_labels))
-    steps_per_epoch = len(dataset.train_labels) // recipe.batch_size
+    num_train = len(dataset.train_labels)
+    functions = make_functions(recipe, num_classes, num_train)
     key, index, state, totals, plan = shapes_of(functions, recipe, dataset)
-    values, function = tunable(recipe), with_values(recipe, num_classes, len(dataset.train_labels))
+    values, function = tunable(recipe), with_values(recipe, num_classes, num_train)
+    # Epochs that train fewer parameters have a program of their own, which computes less.
+    frozen = [frozen_parameters(recipe.optim, epoch) for epoch in range(1, math.ceil(recipe.num_epochs) + 1)]
+    trainers = {name: with_values(recipe, num_classes, num_train, frozen=name) for name in dict.fromkeys(frozen)}
     options = compiler_options()
 
     if driver == "scan":
-        epoch = jax.jit(function("train_epoch"), donate_argnums=1)
-        program = epoch.lower(values, state, dataset, plan, index).compile(options)
+        args = values, state, dataset, plan, index
+        jitted = {name: jax.jit(trainer("train_epoch"), donate_argnums=1) for name, trainer in trainers.items()}
+        programs = {name: epoch.lower(*args).compile(options) for name, epoch in jitted.items()}
 
-        def train_epoch(values, state, dataset, plan, num_steps, on_step):
+        def train_epoch(values, state, dataset, plan, epoch, num_steps, on_step):
             del on_step  # nothing is seen from outside before the epoch ends
-            return program(values, state, dataset, plan, np.int32(num_steps))
+            return programs[frozen[epoch - 1]](values, state, dataset, plan, np.int32(num_steps))
 
     else:
-        step = jax.jit(function("train_batch"), donate_argnums=(1, 2))
-        program = step.lower(values, state, totals, dataset, plan, index).compile(options)
+        args = values, state, totals, dataset, plan, index
+        jitted = {name: jax.jit(trainer("train_batch"), donate_argnums=(1, 2)) for name, trainer in trainers.items()}
+        programs = {name: step.lower(*args).compile(options) for name, step in jitted.items()}
 
-        def train_epoch(values, state, dataset, plan, num_steps, on_step):
+        def train_epoch(values, state, dataset, plan, epoch, num_steps, on_step):
             totals = zero_totals(recipe)
             for i in range(num_steps):
-                state, totals = program(values, state, totals, dataset, plan, np.int32(i))
+                state, totals = programs[frozen[epoch - 1]](values, state, totals, dataset, plan, np.int32(i))
                 if on_step is not None:
                     on_step(i + 1, jax.block_until_ready(totals))
             return state, totals
@@ -318,7 +332,7 @@ def compile_programs(recipe: Recipe, num_classes: int, dataset: Dataset, driver:
         train_epoch=train_epoch,
         enter_evaluation=functions.enter_evaluation,
         evaluate=jax.jit(function("evaluate")).lower(values, state, dataset).compile(),
-        steps_per_epoch=steps_per_epoch,
+        steps_per_epoch=num_train // recipe.batch_size,
     )
 
 
@@ -378,7 +392,7 @@ def make_train(
             start = time.perf_counter()
             plan = programs.plan(key_data, np.int32(epoch), dataset)
             step_seen = None if on_step is None else functools.partial(on_step, epoch)
-            trained = programs.train_epoch(values, state, dataset, plan, num_steps, step_seen)
+            trained = programs.train_epoch(values, state, dataset, plan, epoch, num_steps, step_seen)
             state, totals = jax.block_until_ready(trained)
             seconds = time.perf_counter() - start
             state = programs.enter_evaluation(state, epoch)

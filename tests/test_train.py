@@ -11,7 +11,17 @@ from experiments.bag_of_tricks import baseline, final
 from fastcifar_jax import onednn_trial
 from fastcifar_jax.augment import Crop, Cutout, Flip, normalize
 from fastcifar_jax.model import Norm
-from fastcifar_jax.train import Diverged, compile_programs, evaluated, make_functions, make_train, zero_totals
+from fastcifar_jax.muon import Muon
+from fastcifar_jax.optim import Kilostep, frozen_parameters
+from fastcifar_jax.train import (
+    Diverged,
+    compile_programs,
+    evaluated,
+    make_functions,
+    make_train,
+    shapes_of,
+    zero_totals,
+)
 from fastcifar_jax.tunable import tunable
 from fastcifar_jax.types import Batch, Dataset, StepInfo
 from tests.test_augment import numpy_apply
@@ -97,6 +107,39 @@ def test_frozen_arrays_never_change(final_run):
     assert (3, 3, 3, 27) not in {jnp.shape(leaf) for leaf in jax.tree.leaves((start.opt_state, start.params))}
 
 
+@pytest.mark.parametrize("optim", [Kilostep(whiten_bias_epochs=1), Muon(whiten_bias_epochs=1, compute_dtype=None)])
+@pytest.mark.parametrize("driver", ["python", "scan"])
+def test_gradients_that_are_not_computed_change_nothing(optim, driver):
+    """The whitening layer's bias stays after the first epoch, whether or not its gradient is computed."""
+    recipe = small(airbench94, optim=optim)
+    found = make_train(recipe, 4, driver)(jax.random.key(0), DATASET).state
+
+    functions, (key_init, key_data) = make_functions(recipe, 4, NUM_TRAIN), jax.random.split(jax.random.key(0))
+    state = jax.jit(functions.init)(key_init, DATASET)
+    train_epoch = jax.jit(functions.train_epoch)
+    for epoch in (1, 2, 3):
+        plan = functions.plan(key_data, jnp.int32(epoch), DATASET)
+        state, _ = train_epoch(state, DATASET, plan, jnp.int32(3))
+        state = functions.enter_evaluation(state, epoch)
+    chex.assert_trees_all_close(found.params, state.params, rtol=1e-3, atol=1e-4)
+    chex.assert_trees_all_close(evaluated(found), evaluated(state), rtol=1e-3, atol=1e-4)
+
+
+def test_frozen_parameters_of_an_epoch_are_spared_work():
+    recipe = small(airbench94)
+    pattern = frozen_parameters(recipe.optim, 4)
+    assert [frozen_parameters(recipe.optim, epoch) for epoch in (1, 3, 4)] == [None, None, pattern]
+    assert frozen_parameters(Kilostep(whiten_bias_epochs=None), 100) is frozen_parameters(final.optim, 100) is None
+    assert frozen_parameters(Muon(whiten_bias_epochs=0), 1) == pattern
+    work = []
+    for frozen in (None, pattern):
+        functions = make_functions(recipe, 4, NUM_TRAIN, frozen=frozen)
+        shapes = shapes_of(functions, recipe, DATASET)
+        args = shapes.state, shapes.totals, DATASET, shapes.plan, shapes.index
+        work.append(jax.jit(functions.train_batch).lower(*args).compile().cost_analysis()["flops"])
+    assert work[1] < 0.98 * work[0]
+
+
 def test_evaluation_uses_the_average(final_run):
     _, _, result = final_run
     variables = evaluated(result.state)
@@ -138,7 +181,7 @@ def test_steps_give_their_state_away(final_run):
     programs = compile_programs(recipe, 4, DATASET, "python")
     state = programs.init(tunable(recipe), jax.random.key(0), DATASET)
     plan = programs.plan(jax.random.key(1), np.int32(1), DATASET)
-    programs.train_epoch(tunable(recipe), state, DATASET, plan, 1, None)
+    programs.train_epoch(tunable(recipe), state, DATASET, plan, 1, 1, None)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves((state.params, state.opt_state, state.average)))
 
 

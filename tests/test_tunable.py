@@ -66,7 +66,7 @@ def test_traced_numbers_are_those_compiled_in(programs):
     plan = functions.plan(key, jnp.int32(1), DATASET)
     expected, _ = jax.jit(functions.train_epoch)(functions.init(key, DATASET), DATASET, plan, jnp.int32(3))
     [shared] = compiled.values()
-    found, _ = shared.train_epoch(tunable(recipe), functions.init(key, DATASET), DATASET, plan, 3, None)
+    found, _ = shared.train_epoch(tunable(recipe), functions.init(key, DATASET), DATASET, plan, 1, 3, None)
     chex.assert_trees_all_close(found.params, expected.params, rtol=1e-4, atol=1e-5)
     chex.assert_trees_all_close(found.average, expected.average, rtol=1e-4, atol=1e-5)
 
@@ -84,5 +84,5 @@ def test_numbers_stay_in_the_dtype_of_the_weights():
         programs = compile_programs(RECIPE, 4, DATASET, "scan")
         state = programs.init(tunable(RECIPE), jax.random.key(0), DATASET)
         plan = programs.plan(jax.random.key(1), np.int32(1), DATASET)
-        state, _ = programs.train_epoch(tunable(RECIPE), state, DATASET, plan, 3, None)
+        state, _ = programs.train_epoch(tunable(RECIPE), state, DATASET, plan, 1, 3, None)
         chex.assert_trees_all_equal_dtypes(state.params, jax.tree.map(lambda x: x.astype(jnp.float32), state.params))
