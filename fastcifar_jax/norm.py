@@ -75,7 +75,7 @@ def normalize_groups_and_pool(
 def _normalize_and_residuals(x, scale, bias, num_groups, eps, axis_name):
     over_devices = (lambda a: a) if axis_name is None else functools.partial(lax.pmean, axis_name=axis_name)
     maps = x.astype(scale.dtype)
-    size = maps[..., 0].size // num_groups
+    size = maps.size // (num_groups * maps.shape[-1])
     mean = over_devices(_sums(maps, num_groups) / size)
     # E[x^2] - E[x]^2 would lose digits.
     variance = over_devices(_sums(jnp.square(maps - _over_maps(mean, maps)), num_groups) / size)
@@ -135,7 +135,7 @@ def _gradients_of_maps(maps, cotangent, short, num_groups, scale, mean, inverse,
     moment = _sums(cotangent * (maps - _over_maps(mean, maps)), num_groups) * inverse
     of_scale, of_bias = moment.sum(0), total.sum(0)
     of_eps = (moment * jnp.square(inverse) * (-0.5 * scale)[None, :]).sum().astype(eps.dtype)
-    size, weight = maps[..., 0].size // num_groups, inverse * scale[None, :]
+    size, weight = maps.size // (num_groups * maps.shape[-1]), inverse * scale[None, :]
     if axis_name is not None:  # an image moves the statistics that the other devices' images are normalised by
         total, moment = lax.psum((total, moment), axis_name)
         size *= lax.axis_size(axis_name)

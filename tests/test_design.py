@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "fastcifar_jax"
 ORDER = (
     "types unpickle readers data augment whitening onednn_trial conv pooling norm activations model "
-    "resnet9 airnet losses schedules optim muon evaluate recipe tunable parts train hosts mesh seeds records "
+    "resnet9 airnet losses schedules optim muon evaluate recipe tunable parts step train hosts mesh seeds records "
     "checkpoint saved scores stats report comparison trade discover live runs together bench "
     "bench_worker options compare_cli plot_data plots graph drawing plot_cli saved_cli "
     "tables charts page report_cli reproduce reproduce_cli cli __main__"

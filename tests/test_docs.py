@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 import pytest
 
+from fastcifar_jax import discover, records, tables
 from fastcifar_jax.cli import commands
 
 ROOT = Path(__file__).parent.parent
@@ -61,3 +62,26 @@ def test_python_of_the_api_page_runs(capsys):
     assert namespace["run"].epochs[-1].test_accuracy > 0.5
     assert int(namespace["state"].step) == 8
     assert float(capsys.readouterr().out) == namespace["run"].epochs[-1].test_accuracy
+
+
+def made_tables():
+    """Tables of the pages that `report` made, after `<!-- report RUNS [OPTIONS] -->`."""
+    pattern = r"^<!-- report ([^\n]*) -->\n\n((?:\|[^\n]*\n)+)"
+    return [
+        pytest.param(arguments, table, id=f"{page.name}-{arguments.split()[0]}")
+        for page in PAGES
+        for arguments, table in re.findall(pattern, page.read_text(encoding="utf-8"), re.MULTILINE)
+    ]
+
+
+@pytest.mark.parametrize("arguments, table", made_tables())
+def test_measured_tables_are_what_report_makes_of_the_records(arguments, table):
+    command = commands.get_command(None, "report")
+    asked = command.make_context("report", shlex.split(arguments), resilient_parsing=True).params
+    paths = [found for run in asked["runs"] for found in sorted(ROOT.glob(str(run)))]
+    experiments = discover.find_experiments(ROOT / "experiments")
+    groups = tables.grouped(list(records.gather(paths).values()), experiments)
+    differences = tables.differences(groups, asked["against"], asked["previous"])
+    made = [tables.markdown([one]).partition("\n\n")[2] for one in (*tables.ladder(groups, experiments), *differences)]
+    kept = ["\n".join(line for line in one.splitlines() if "| not run |" not in line) + "\n" for one in made]
+    assert table in kept
