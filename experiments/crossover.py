@@ -16,7 +16,7 @@ from fastcifar_jax.evaluate import FlipTTA, SixViewTTA
 from fastcifar_jax.muon import Muon
 from fastcifar_jax.optim import Ema, Kilostep, Lookahead, Nesterov
 from fastcifar_jax.recipe import Published, Recipe
-from fastcifar_jax.schedules import Triangle, WarmupDecay
+from fastcifar_jax.schedules import WarmupDecay
 
 GROUP = 32  # images that `final` normalises together
 
@@ -34,6 +34,13 @@ _NESTEROV = Nesterov(
     peak_lr=1.5, momentum=0.85, weight_decay=1.362 / 1024, bias_scale=64.0, schedule=WarmupDecay(warmup=0.23, end=0.07)
 )
 
+
+def _muon(recipe: Recipe) -> Recipe:
+    """With Muon, whose rate of the head is for logits over 256; the square of the ratio makes up for another number."""
+    rate = Muon().head_lr / (256 * recipe.model.output_scale) ** 2
+    return replace(recipe, optim=Muon(head_lr=rate))
+
+
 NEW = {
     "alternating_flip": replace(final, augmentations=(Crop(4), AlternatingFlip())),
     "translate_2": replace(final, augmentations=(Crop(2), Flip())),
@@ -42,7 +49,7 @@ NEW = {
     "fast_statistics": _with_norm(final, momentum=0.6),
     "lookahead": replace(final, average=Lookahead()),
     "kilostep": replace(final, optim=Kilostep(whiten_bias_epochs=None)),
-    "muon": replace(final, optim=Muon()),
+    "muon": _muon(final),
     "six_views": replace(final, tta=SixViewTTA()),
 }
 OLD = {
@@ -54,7 +61,7 @@ OLD = {
     "ema": replace(airbench94, average=Ema()),
     "no_average": replace(airbench94, average=None),
     "nesterov": replace(airbench94, optim=_NESTEROV),
-    "muon": replace(airbench94, optim=Muon(schedule=Triangle(peak=0.0, end=0.0))),
+    "muon": _muon(airbench94),
     "shuffled_groups": replace(airbench94, augmentations=(Crop(2), Flip()), choices=ShuffledGroups(200)),
     "two_views": replace(airbench94, tta=FlipTTA()),
 }

@@ -8,8 +8,10 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+from experiments import crossover
 from experiments.airbench import RECIPES, airbench94, airbench94_muon, airbench96
 from fastcifar_jax.airnet import AirNet, unit_std
 from fastcifar_jax.augment import PerExample
@@ -17,6 +19,7 @@ from fastcifar_jax.model import dirac
 from fastcifar_jax.muon import Muon, orthogonalize
 from fastcifar_jax.optim import Kilostep
 from fastcifar_jax.recipe import Published
+from fastcifar_jax.schedules import Triangle
 from tests.reference import problem
 from tests.reference.problem import AIRBENCH
 from tests.test_twin import train_jax
@@ -175,6 +178,28 @@ def test_the_whitening_bias_is_frozen(optim):
         updates, state = tx.update(jax.tree.map(jnp.ones_like, params), state, params)
         moved.append(bool(jnp.any(updates["whiten"]["bias"] != 0)))
     assert moved == [True, True, False, False] if optim.whiten_bias_epochs else not any(moved)
+
+
+@pytest.mark.parametrize(
+    "recipe", [r for r in crossover.RECIPES if r.name.endswith("_with_muon")], ids=lambda r: r.name
+)
+def test_crossovers_muon_trains_the_head_as_airbench_does(recipe):
+    """Logits over another number than 256, from a head that is as much smaller, take the same way."""
+    x, start = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(8, 5), (5, 3)]))
+
+    def logits_after_steps(optim, scale):
+        params = {"linear": start / (256 * scale)}
+        tx = replace(optim, schedule=Triangle())(2, 2, 8)
+        logits, state = lambda params: scale * (x @ params["linear"]), tx.init(params)
+        for _ in range(4):
+            grads = jax.grad(lambda params: jnp.sin(40 * logits(params)).sum() / 8)(params)
+            updates, state = tx.update(grads, state, params)
+            params = optax.apply_updates(params, updates)
+        return logits(params)
+
+    found, expected = logits_after_steps(recipe.optim, recipe.model.output_scale), logits_after_steps(Muon(), 1 / 256)
+    chex.assert_trees_all_close(found, expected, rtol=1e-4)
+    assert jnp.abs(expected - x @ start / 256).max() > 0.01
 
 
 @pytest.mark.parametrize(
