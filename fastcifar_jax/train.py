@@ -248,18 +248,19 @@ def compile_programs(recipe: Recipe, num_classes: int, dataset: Dataset, driver:
     options = compiler_options()
 
     if driver == "scan":
-        args = values, state, dataset, plan, index
         jitted = {name: jax.jit(trainer("train_epoch"), donate_argnums=1) for name, trainer in trainers.items()}
-        programs = {name: epoch.lower(*args).compile(options) for name, epoch in jitted.items()}
+        programs = {
+            name: epoch.lower(values, state, dataset, plan, index).compile(options) for name, epoch in jitted.items()
+        }
 
         def train_epoch(values, state, dataset, plan, epoch, num_steps, on_step):
             del on_step  # nothing is seen from outside before the epoch ends
             return programs[frozen[epoch - 1]](values, state, dataset, plan, np.int32(num_steps))
 
     else:
-        args = values, state, totals, dataset, plan, index
         jitted = {name: jax.jit(trainer("train_batch"), donate_argnums=(1, 2)) for name, trainer in trainers.items()}
-        programs = {name: step.lower(*args).compile(options) for name, step in jitted.items()}
+        lower = lambda step: step.lower(values, state, totals, dataset, plan, index)
+        programs = {name: lower(step).compile(options) for name, step in jitted.items()}
 
         def train_epoch(values, state, dataset, plan, epoch, num_steps, on_step):
             totals = zero_totals(recipe)
