@@ -52,7 +52,7 @@ def main(data, limit_train, width, dtype, rounds):
         plan = programs.plan(jax.random.key(1), np.int32(i), dataset)
         start = time.perf_counter()
         state, _ = jax.block_until_ready(
-            programs.train_epoch(tunable(recipe), state, dataset, plan, programs.steps_per_epoch, None)
+            programs.train_epoch(tunable(recipe), state, dataset, plan, 1, programs.steps_per_epoch, None)
         )
         runs[driver][1] = state
         return time.perf_counter() - start

@@ -69,7 +69,7 @@ def main(data, limit_train, width, dtype, count, driver, rounds):
             for seed, key in enumerate(keys):
                 plan = programs.plan(key, np.int32(i), dataset)
                 states[seed], _ = jax.block_until_ready(
-                    programs.train_epoch(values, states[seed], dataset, plan, steps, None)
+                    programs.train_epoch(values, states[seed], dataset, plan, 1, steps, None)
                 )
 
         return epoch
@@ -83,7 +83,7 @@ def main(data, limit_train, width, dtype, count, driver, rounds):
         def epoch(i):
             nonlocal state
             plan = programs.plan(keys, np.int32(i), everywhere)
-            state, _ = jax.block_until_ready(programs.train_epoch(values, state, everywhere, plan, steps, None))
+            state, _ = jax.block_until_ready(programs.train_epoch(values, state, everywhere, plan, 1, steps, None))
 
         return epoch
 
