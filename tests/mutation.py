@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 TESTS = {  # module: the tests that are about it
     "optim": ("test_optim.py", "test_airnet.py"),
-    "stats": ("test_stats.py",),
+    "stats": ("test_stats.py", "test_stats_crossing.py"),
     "augment": ("test_augment.py",),
 }
 SWAPPED = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult}

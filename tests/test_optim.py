@@ -5,7 +5,7 @@ import numpy as np
 import optax
 import pytest
 
-from fastcifar_jax.optim import Ema, Lookahead, Nesterov, Progress, label_by_path, nesterov
+from fastcifar_jax.optim import Ema, Kilostep, Lookahead, Nesterov, Progress, freeze_after, label_by_path, nesterov
 from fastcifar_jax.schedules import WarmupDecay, piecewise_linear
 
 
@@ -89,6 +89,11 @@ def test_ema_starts_as_a_copy():
         (Nesterov, {"bias_scale": 0.0}),
         (Ema, {"decay": 1.0}),
         (Ema, {"every": 0}),
+        (Lookahead, {"decay": 1.0}),
+        (Lookahead, {"every": 0}),
+        (Kilostep, {"momentum": 1.0}),
+        (Kilostep, {"weight_decay": -1.0}),
+        (Kilostep, {"bias_scale": 0.0}),
     ],
     ids=str,
 )
@@ -96,6 +101,47 @@ def test_refuses(part, fields):
     (name, value) = next(iter(fields.items()))
     with pytest.raises(ValueError, match=f"{name} {value}"):
         part(**fields)
+
+
+@pytest.mark.parametrize(
+    ("part", "fields"),
+    [
+        (Nesterov, {"peak_lr": 0.01, "momentum": 0.0, "weight_decay": 0.0, "bias_scale": 0.01}),
+        (Kilostep, {"lr": 0.01, "momentum": 0.0, "weight_decay": 0.0, "bias_scale": 0.01, "whiten_bias_epochs": 0}),
+        (Ema, {"decay": 0.0, "every": 1}),
+        (Lookahead, {"decay": 0.0, "every": 1}),
+    ],
+)
+def test_takes_what_is_just_allowed(part, fields):
+    made = part(**fields)
+    assert {name: getattr(made, name) for name in fields} == fields
+
+
+@pytest.mark.parametrize(
+    ("part", "published"),
+    [
+        (Nesterov(), {"peak_lr": 0.4, "momentum": 0.9, "weight_decay": 5e-4, "bias_scale": 1.0}),
+        (Ema(), {"decay": 0.99, "every": 5}),
+        (Lookahead(), {"decay": 0.95, "every": 5}),
+        (Kilostep(), {"lr": 11.5, "momentum": 0.85, "weight_decay": 0.0153, "bias_scale": 64.0}),
+        (Kilostep(), {"whiten_bias_epochs": 3}),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_defaults_are_the_published_numbers(part, published):
+    """Sections 3.2, 3.3 and 3.7, of the baseline; airbench.md, section 5."""
+    assert {name: getattr(part, name) for name in published} == published
+
+
+def test_frozen_from_a_step_on():
+    """The updates of steps 0 and 1 pass; other parameters' always do."""
+    tx = freeze_after(r"b$", 2)
+    updates = {"a": jnp.float32(3), "b": jnp.float32(4)}
+    state, passed = tx.init(updates), []
+    for _ in range(4):
+        found, state = tx.update(updates, state)
+        passed.append((float(found["a"]), float(found["b"])))
+    assert passed == [(3, 4), (3, 4), (3, 0), (3, 0)]
 
 
 def test_lookahead_by_hand():

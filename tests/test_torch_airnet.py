@@ -17,9 +17,9 @@ torch = pytest.importorskip("torch", reason='needs PyTorch: pip install -e ".[co
 from experiments.torch_airnet import AirNetwork, make_update  # noqa: E402
 from experiments.torch_batches import draw_first_flips, draw_plan  # noqa: E402
 from experiments.torch_network import evaluate, make_network, make_step  # noqa: E402
+from tests.helpers_torch import CPU, assert_same, generator, merged, path_of  # noqa: E402
 from tests.reference import torch_airnet as exact_airnet  # noqa: E402
 from tests.reference import torch_resnet9 as exact  # noqa: E402
-from tests.test_torch_twin import CPU, assert_same, generator, merged, path_of  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("torch_on_one_thread")
 

@@ -15,14 +15,11 @@ torch = pytest.importorskip("torch", reason='needs PyTorch: pip install -e ".[co
 
 from experiments import torch_twin  # noqa: E402
 from experiments.torch_twin import Plan, draw_plan, make_batch, make_train  # noqa: E402
+from tests.helpers_torch import generator  # noqa: E402
 
 ALL = (Crop(4), Flip(), Cutout(8))
 
 pytestmark = pytest.mark.usefixtures("torch_on_one_thread")
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def counts(options):

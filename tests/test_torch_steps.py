@@ -11,29 +11,16 @@ from tests.test_twin import BY_NAME, reduced
 torch = pytest.importorskip("torch", reason='needs PyTorch: pip install -e ".[compare]"')
 
 from experiments.torch_network import Network, evaluate, make_network, make_step  # noqa: E402
+from tests.helpers_torch import CPU, assert_same, merged, path_of  # noqa: E402
 from tests.reference import torch_resnet9 as exact  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("torch_on_one_thread")
-CPU = torch.device("cpu")
-
-
-def path_of(name: str) -> str:
-    """ "layers.0.bn.weight" -> "layer1/block/norm/scale", the package's name."""
-    for i in range(3):
-        name = name.replace(f"layers.{i}.", f"layer{i + 1}.block.").replace(f".{i}.", f".res{i + 1}.")
-    name = name.removeprefix("residuals.").replace("bn.weight", "norm.scale").replace("bn.", "norm.")
-    return name.replace("linear.weight", "linear").replace("weight", "kernel").replace(".", "/")
 
 
 def to_flat(network: Network) -> dict[str, np.ndarray]:
     """In the package's names and layouts, one set of running statistics."""
     flat = {path_of(name): x.detach().numpy().copy() for name, x in network.state_dict().items()}
     return {path: x.transpose(2, 3, 1, 0) if x.ndim == 4 else x.T for path, x in flat.items()}
-
-
-def merged(flat: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """With the mean of the groups' running statistics, which is what evaluation uses."""
-    return {path: x.mean(0) if path.endswith(("mean", "var")) else x for path, x in flat.items()}
 
 
 def load_flat(network: Network, flat: dict[str, np.ndarray]) -> None:
@@ -63,12 +50,6 @@ def follow(name: str, case: problem.Case, dtype: torch.dtype):
     for pixels, labels in problem.batches(case):
         infos.append(step(exact.normalized(pixels, dtype)[order], torch.as_tensor(labels)[order]))
     return recipe, network, average or network, infos, theirs
-
-
-def assert_same(ours, theirs, rtol, atol):
-    assert set(ours) == set(theirs)
-    for path in theirs:
-        np.testing.assert_allclose(ours[path], theirs[path], rtol, atol, err_msg=path)
 
 
 @pytest.mark.parametrize("name", BY_NAME)

@@ -33,10 +33,10 @@ from experiments.torch_network import (  # noqa: E402
     whitening_filters,
 )
 from experiments.torch_twin import make_train, make_train_step  # noqa: E402
+from tests.helpers_torch import CPU  # noqa: E402
 from tests.reference import torch_resnet9 as exact  # noqa: E402
 
 ALL = (Crop(4), Flip(), Cutout(8))
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -51,10 +51,6 @@ def one_thread(torch_on_one_thread):
 def dataset():
     """Four classes, 112 training and 20 test images of 16x16, not to be written to, as JAX hands arrays out."""
     return Dataset(*(np.asarray(array) for array in make_dataset()))
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def test_initial_weights_are_pytorchs_and_leave_its_generators_alone():
