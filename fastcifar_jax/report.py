@@ -96,7 +96,7 @@ def published_line(recipe: Recipe) -> str:
 def device_text(device: dict[str, Any]) -> str:
     """One line for `Record.device`."""
     if device["platform"] == "cpu":
-        return f"{device['cpu']}, {device['cores']} cores"
+        return f"{device['cpu']}, {device['cores']} core{'s' * (device['cores'] != 1)}"
     return f"{device['count']} x {device['kind']}"
 
 

@@ -76,11 +76,12 @@ def made_tables():
 
 @pytest.mark.parametrize("arguments, table", made_tables())
 def test_measured_tables_are_what_report_makes_of_the_records(arguments, table):
-    command = commands.get_command(None, "report")
-    asked = command.make_context("report", shlex.split(arguments), resilient_parsing=True).params
-    paths = [found for run in asked["runs"] for found in sorted(ROOT.glob(str(run)))]
+    expanded = []
+    for argument in shlex.split(arguments):  # patterns as a shell would
+        expanded += sorted(map(str, ROOT.glob(argument))) if "*" in argument else [argument]
+    asked = commands.get_command(None, "report").make_context("report", expanded).params
     experiments = discover.find_experiments(ROOT / "experiments")
-    groups = tables.grouped(list(records.gather(paths).values()), experiments)
+    groups = tables.grouped(list(records.gather(asked["runs"]).values()), experiments)
     differences = tables.differences(groups, asked["against"], asked["previous"])
     made = [tables.markdown([one]).partition("\n\n")[2] for one in (*tables.ladder(groups, experiments), *differences)]
     kept = ["\n".join(line for line in one.splitlines() if "| not run |" not in line) + "\n" for one in made]

@@ -53,3 +53,4 @@ def test_device_text():
     device = {"kind": "NVIDIA H100", "platform": "gpu", "count": 2, "cpu": "abacus", "cores": 3}
     assert report.device_text(device) == "2 x NVIDIA H100"
     assert report.device_text({**device, "platform": "cpu"}) == "abacus, 3 cores"
+    assert report.device_text({**device, "platform": "cpu", "cores": 1}) == "abacus, 1 core"
