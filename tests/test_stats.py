@@ -131,12 +131,14 @@ def test_intervals_cover_as_often_as_they_say(n, sds):
 # Pairs
 
 
-def test_paired_is_scipys():
-    result, expected = paired(A, B[:5], 0.9), scipy_stats.ttest_rel(B[:5], A)
+@pytest.mark.parametrize("n", [3, 5])
+def test_paired_is_scipys(n):
+    a, b = A[:n], B[:n]
+    result, expected = paired(a, b, 0.9), scipy_stats.ttest_rel(b, a)
     assert (result.low, result.high) == pytest.approx(tuple(expected.confidence_interval(0.9)), rel=1e-9)
     assert result.p_value == pytest.approx(expected.pvalue, rel=1e-9)
-    assert result.correlation == pytest.approx(scipy_stats.pearsonr(A, B[:5]).statistic, rel=1e-9)
-    assert (result.n, result.estimate) == (5, pytest.approx(np.mean(B[:5]) - np.mean(A), rel=1e-9))
+    assert result.correlation == pytest.approx(scipy_stats.pearsonr(a, b).statistic, rel=1e-9)
+    assert (result.n, result.estimate) == (n, pytest.approx(np.mean(b) - np.mean(a), rel=1e-9))
 
 
 def test_pairs_without_spread():
@@ -327,6 +329,8 @@ def test_stopping_at_a_half_width(sds):
         (lambda: power_of(1, 1, 5, 5, 1, 1.5), "confidence is 1.5"),
         (lambda: runs_needed(1, 1, 0), "difference is 0, which no number of runs finds"),
         (lambda: runs_needed(1, 1, 1, power=80), "power is 80; give a probability"),
+        (lambda: runs_needed(1, 1, 1, power=1), "power is 1; give a probability"),
+        (lambda: runs_needed(1, 1, 1, power=0), "power is 0; give a probability"),
         (lambda: holm([0.5, 1.5]), "p-value 1.5 is not between"),
         (lambda: holm([math.nan]), "p-value nan"),
         (lambda: confidence_at_look(0), "look is 0; count the looks"),

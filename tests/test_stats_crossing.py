@@ -38,6 +38,16 @@ def test_crossing_interval_by_hand(confidence, half):
     assert result == pytest.approx((9, 9 - half, 9 + half))
 
 
+def test_crossing_interval_takes_order_statistics_outwards():
+    """Of 100 resamples of two runs, `few` are one run twice: the tail reaches the last of them, and no further."""
+    drawn = np.random.default_rng(0).integers(2, size=(100, 2)).sum(1)  # the target is resampled first
+    for end, few in ((1, np.sum(drawn == 0)), (2, np.sum(drawn == 2))):
+        for rank, outside in ((few - 0.01, True), (few + 0.01, False)):
+            confidence = 1 - 2 * rank / 99
+            found = crossing([8, 10], [[8], [10]], [8.9, 9.1], confidence, resamples=100)[end]
+            assert abs(found - 9) == pytest.approx(0.1 * math.sqrt(2) * outside, abs=1e-9)
+
+
 def test_crossing_interval_is_that_of_the_delta_method():
     """At 1/4 of a step, the gain has variance (1 + 9/16 + 1/16) sd^2 / n, and its slope is 1."""
     rng = np.random.default_rng(9)
