@@ -86,3 +86,10 @@ def test_measured_tables_are_what_report_makes_of_the_records(arguments, table):
     made = [tables.markdown([one]).partition("\n\n")[2] for one in (*tables.ladder(groups, experiments), *differences)]
     kept = ["\n".join(line for line in one.splitlines() if "| not run |" not in line) + "\n" for one in made]
     assert table in kept
+
+
+def test_effects_of_tricks_are_those_of_the_tables():
+    listed, _, measured = (ROOT / "docs" / "tricks.md").read_text(encoding="utf-8").partition("\n## Measured here\n")
+    effects = re.findall(r"[+-]\d+\.\d\d \([^)]*\)", listed)
+    assert len(effects) > 20
+    assert [effect for effect in effects if f" {effect} |" not in measured] == []
