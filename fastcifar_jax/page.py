@@ -37,7 +37,7 @@ caption span { position: sticky; left: .5rem; display: inline-block; max-width: 
 th, td { padding: .3rem .5rem; text-align: left; vertical-align: top; border-top: 1px solid var(--line); }
 thead th { background: var(--head); white-space: nowrap; } tbody th { font-weight: 600; }
 .number { text-align: right; font-variant-numeric: tabular-nums; }
-.long { min-width: 17rem; overflow-wrap: anywhere; }
+.long { min-width: 15rem; overflow-wrap: anywhere; }
 @media (max-width: 60rem) { .long { min-width: 34rem; } }  /* it scrolls anyway: rather wide than tall */
 .figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); gap: 1.5rem; }
 figure { margin: 0; max-width: 30rem; } figcaption { font-size: .875rem; margin-bottom: .25rem; }
