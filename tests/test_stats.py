@@ -219,7 +219,7 @@ def test_runs_needed_is_the_least():
 
 
 def test_runs_needed_has_an_end():
-    assert runs_needed(1, 1, 1e-12) == MOST_RUNS
+    assert runs_needed(1, 1, 1e-12) == MOST_RUNS == 2**40
     assert runs_needed(0, 0, 1e-12) == 2
 
 
