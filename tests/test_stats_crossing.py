@@ -69,6 +69,7 @@ def test_crossing_repeats_with_its_seed():
     repeat = lambda seed: crossing([8, 9, 10], samples, target, seed=seed)
     samples, target = [x + 0.2 * rng.standard_normal(10) for x in (8, 9, 10)], 9.3 + 0.2 * rng.standard_normal(10)
     assert repeat(1) == repeat(1) != repeat(2)
+    assert crossing([8, 9, 10], samples, target) == crossing([8, 9, 10], samples, target, 0.95, resamples=2000, seed=0)
 
 
 @pytest.mark.parametrize(("n", "least", "most"), [(5, 0.87, 0.95), (20, 0.92, 0.97)])
