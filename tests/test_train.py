@@ -107,8 +107,10 @@ def test_frozen_arrays_never_change(final_run):
     assert (3, 3, 3, 27) not in {jnp.shape(leaf) for leaf in jax.tree.leaves((start.opt_state, start.params))}
 
 
-@pytest.mark.parametrize("optim", [Kilostep(whiten_bias_epochs=1), Muon(whiten_bias_epochs=1, compute_dtype=None)])
-@pytest.mark.parametrize("driver", ["python", "scan"])
+@pytest.mark.parametrize(
+    "optim, driver",
+    [(Kilostep(whiten_bias_epochs=1), "python"), (Muon(whiten_bias_epochs=1, compute_dtype=None), "scan")],
+)
 def test_gradients_that_are_not_computed_change_nothing(optim, driver):
     """The whitening layer's bias stays after the first epoch, whether or not its gradient is computed."""
     recipe = small(airbench94, optim=optim)
