@@ -5,7 +5,17 @@ import numpy as np
 import optax
 import pytest
 
-from fastcifar_jax.optim import Ema, Kilostep, Lookahead, Nesterov, Progress, freeze_after, label_by_path, nesterov
+from fastcifar_jax.optim import (
+    Ema,
+    Kilostep,
+    Lookahead,
+    Nesterov,
+    Progress,
+    freeze_after,
+    label_by_path,
+    nesterov,
+    scale_by_schedule_of_epochs,
+)
 from fastcifar_jax.schedules import WarmupDecay, piecewise_linear
 
 
@@ -31,6 +41,15 @@ def test_last_step_of_a_schedule_to_zero_moves_by_momentum_alone():
     velocity = optax.tree.get(state, "trace")["kernel"]
     updates, _ = tx.update({"kernel": jnp.float32(123)}, state, params)
     np.testing.assert_allclose(updates["kernel"], 0.81 * velocity, rtol=1e-6)
+
+
+def test_time_is_counted_in_epochs_from_the_first_step():
+    tx = scale_by_schedule_of_epochs(lambda time: time, steps_per_epoch=4)
+    state, rates = tx.init({}), []
+    for _ in range(5):
+        update, state = tx.update(jnp.float32(1), state)
+        rates.append(float(-update))
+    assert rates == [0.25, 0.5, 0.75, 1.0, 1.25]
 
 
 def test_bias_group_has_its_own_rate_and_decay():
