@@ -29,8 +29,8 @@ class Optimizer(Protocol):
 def frozen_parameters(optim: Optimizer, epoch: int) -> str | None:
     """A pattern of the paths of the parameters that an optimiser leaves alone in an epoch, 1-based; None for none.
 
-    Their gradients are then not computed, but by runs of many seeds side by side. The optimiser has to leave them alone
-    nonetheless: it gets zeros, or gradients that are of no use.
+    Their gradients are then not computed, except by seeds that run side by side. The optimiser has to leave the
+    parameters alone all the same: it gets zeros, or gradients to ignore.
     """
     frozen = getattr(optim, "frozen", None)
     return None if frozen is None else frozen(epoch)

@@ -75,10 +75,11 @@ def made_tables():
 
 
 @pytest.mark.parametrize("arguments, table", made_tables())
-def test_measured_tables_are_what_report_makes_of_the_records(arguments, table):
+def test_measured_tables_are_what_report_makes_of_the_records(arguments, table, monkeypatch):
+    monkeypatch.chdir(ROOT)
     expanded = []
     for argument in shlex.split(arguments):  # patterns as a shell would
-        expanded += sorted(map(str, ROOT.glob(argument))) if "*" in argument else [argument]
+        expanded += sorted(map(str, Path().glob(argument))) if "*" in argument else [argument]
     asked = commands.get_command(None, "report").make_context("report", expanded).params
     experiments = discover.find_experiments(ROOT / "experiments")
     groups = tables.grouped(list(records.gather(asked["runs"]).values()), experiments)
