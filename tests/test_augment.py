@@ -108,6 +108,14 @@ def test_groups_are_balanced(key):
     np.testing.assert_array_equal(np.sort(plan.order), np.arange(50_000))
 
 
+@pytest.mark.parametrize("num_images", [50, 81, 100, 161])
+def test_groups_of_one_or_two_images_are_balanced(key, num_images):
+    [choice] = ShuffledGroups(None)(key, (Crop(4),), num_images, 32, 32).choices
+    counts = np.bincount(choice, minlength=81)
+    assert len(counts) == 81 and counts.sum() == num_images
+    assert counts.max() - counts.min() <= 1
+
+
 def test_transforms_are_grouped_independently(key):
     """Which images are flipped says nothing about where they are cropped, nor about their place in the epoch."""
     plan = ShuffledGroups(200)(key, ALL, 50_000, 32, 32)
