@@ -23,10 +23,13 @@ import jax.numpy as jnp
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from fastcifar_jax import conv  # noqa: E402
-from fastcifar_jax.activations import Celu, Gelu  # noqa: E402
-from fastcifar_jax.norm import normalize_groups  # noqa: E402
-from fastcifar_jax.pooling import max_pool  # noqa: E402
+from fastcifar_jax.models.activations import (
+    Celu,  # noqa: E402
+    Gelu,  # noqa: E402
+)
+from fastcifar_jax.ops import conv  # noqa: E402
+from fastcifar_jax.ops.batch_norm import normalize_groups  # noqa: E402
+from fastcifar_jax.ops.max_pool import max_pool  # noqa: E402
 
 EPS = 1e-5
 

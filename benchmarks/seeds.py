@@ -34,10 +34,15 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from experiments.bag_of_tricks import final  # noqa: E402
-from fastcifar_jax import conv  # noqa: E402
-from fastcifar_jax.data import load  # noqa: E402
-from fastcifar_jax.hosts import place  # noqa: E402
-from fastcifar_jax.mesh import compile_for_mesh, make_mesh, raw_keys, spread_over  # noqa: E402
+from fastcifar_jax.data.load import load  # noqa: E402
+from fastcifar_jax.ops import conv  # noqa: E402
+from fastcifar_jax.parallel.hosts import place  # noqa: E402
+from fastcifar_jax.parallel.mesh import (
+    compile_for_mesh,  # noqa: E402
+    make_mesh,  # noqa: E402
+    raw_keys,  # noqa: E402
+    spread_over,  # noqa: E402
+)
 from fastcifar_jax.recipe import change  # noqa: E402
 from fastcifar_jax.train import compile_programs  # noqa: E402
 from fastcifar_jax.tunable import tunable  # noqa: E402

@@ -11,6 +11,6 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from fastcifar_jax.cli import main  # noqa: E402
+from fastcifar_jax.cli.app import main  # noqa: E402
 
 main(["bench", *sys.argv[1:]], ROOT / "experiments")

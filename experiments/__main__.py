@@ -2,6 +2,6 @@
 
 from pathlib import Path
 
-from fastcifar_jax.cli import main
+from fastcifar_jax.cli.app import main
 
 main(folder=Path(__file__).parent)

@@ -8,12 +8,13 @@ KellerJordan/cifar10-airbench and arXiv 2404.00498 state.
 
 from dataclasses import replace
 
-from fastcifar_jax.airnet import AirNet
 from fastcifar_jax.augment import AlternatingFlip, Crop, Cutout, PerExample
+from fastcifar_jax.averaging import Lookahead
 from fastcifar_jax.evaluate import SixViewTTA
 from fastcifar_jax.losses import CrossEntropy
+from fastcifar_jax.models.airnet import AirNet
 from fastcifar_jax.muon import Muon
-from fastcifar_jax.optim import Kilostep, Lookahead
+from fastcifar_jax.optim import Kilostep
 from fastcifar_jax.recipe import Published, Recipe
 from fastcifar_jax.schedules import Triangle
 

@@ -9,13 +9,14 @@ it says it.
 
 from dataclasses import replace
 
-from fastcifar_jax.activations import Celu, Relu
 from fastcifar_jax.augment import Crop, Cutout, Flip, PerExample, ShuffledGroups
+from fastcifar_jax.averaging import Ema
 from fastcifar_jax.losses import CrossEntropy
-from fastcifar_jax.model import Norm
-from fastcifar_jax.optim import Ema, Nesterov
+from fastcifar_jax.models.activations import Celu, Relu
+from fastcifar_jax.models.layers import Norm
+from fastcifar_jax.models.resnet9 import ResNet9
+from fastcifar_jax.optim import Nesterov
 from fastcifar_jax.recipe import Published, Recipe
-from fastcifar_jax.resnet9 import ResNet9
 from fastcifar_jax.schedules import WarmupDecay
 
 POST = "How to Train Your ResNet 8"
@@ -157,6 +158,6 @@ RECIPES = (
 if __name__ == "__main__":
     import sys
 
-    from fastcifar_jax.cli import main
+    from fastcifar_jax.cli.app import main
 
     main(["run", *(recipe.name for recipe in RECIPES), *sys.argv[1:]])

@@ -10,11 +10,12 @@ from dataclasses import replace
 
 from experiments.airbench import airbench94
 from experiments.bag_of_tricks import final
-from fastcifar_jax.activations import Celu, Gelu
 from fastcifar_jax.augment import AlternatingFlip, Crop, Flip, ShuffledGroups
+from fastcifar_jax.averaging import Ema, Lookahead
 from fastcifar_jax.evaluate import FlipTTA, SixViewTTA
+from fastcifar_jax.models.activations import Celu, Gelu
 from fastcifar_jax.muon import Muon
-from fastcifar_jax.optim import Ema, Kilostep, Lookahead, Nesterov
+from fastcifar_jax.optim import Kilostep, Nesterov
 from fastcifar_jax.recipe import Published, Recipe
 from fastcifar_jax.schedules import WarmupDecay
 

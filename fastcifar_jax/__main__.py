@@ -1,5 +1,5 @@
 """`python -m fastcifar_jax`."""
 
-from fastcifar_jax.cli import main
+from fastcifar_jax.cli.app import main
 
 main()

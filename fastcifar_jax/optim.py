@@ -42,26 +42,6 @@ def stop_gradients(params: Params, pattern: str) -> Params:
     return jax.tree.map(lambda p, group: jax.lax.stop_gradient(p) if group == "frozen" else p, params, groups)
 
 
-class Progress(NamedTuple):
-    """Where in a run a step is."""
-
-    step: Int[Array, ""]  # steps taken, with this one
-    batch_index: Int[Array, ""]  # of its batch in the epoch, 0-based
-    num_steps: int  # of the whole run
-
-
-class Average(Protocol):
-    """What `Recipe.average` must be: an average of `{"params": ..., "batch_stats": ...}` over the steps of a run."""
-
-    def init(self, variables: Params) -> Params:
-        """The average before the first step."""
-        ...
-
-    def update(self, average: Params, variables: Params, progress: Progress) -> tuple[Params, Params]:
-        """The average after a step, and the variables that training goes on with."""
-        ...
-
-
 def scale_by_schedule_of_epochs(schedule: Schedule, steps_per_epoch: int) -> optax.GradientTransformation:
     """Multiplies by `-schedule(time)`, where the first update sees time `1 / steps_per_epoch`.
 
@@ -174,82 +154,6 @@ class Nesterov:
                 weight_decay=self.weight_decay,
             ),
         )
-
-
-@dataclasses.dataclass(frozen=True)
-class Ema:
-    """Exponential moving average of the weights and of the batch norm statistics, without debiasing (section 3.7).
-
-    It starts from the initial weights, so it is poor for the first epochs by design.
-
-    Attributes:
-      decay: share kept per step; an update every `every` steps keeps `decay ** every`.
-      every: steps between updates. The count starts anew in each epoch: batch 0, `every`, 2 `every`, ...
-    """
-
-    decay: float = 0.99
-    every: int = 5
-
-    TUNABLE: ClassVar = ("decay",)
-
-    def __post_init__(self):
-        if not (0 <= self.decay < 1 and self.every >= 1):
-            raise ValueError(f"Ema has decay {self.decay}, every {self.every}; expected 0 <= decay < 1, every >= 1")
-
-    def init(self, variables: Params) -> Params:
-        """A copy, so that donating the state never hands one buffer over twice."""
-        return jax.tree.map(jnp.copy, variables)
-
-    def update(self, average: Params, variables: Params, progress: Progress) -> tuple[Params, Params]:
-        """The average after a step, and the variables as they are."""
-        share = 1 - self.decay**self.every
-        average = jax.lax.cond(
-            progress.batch_index % self.every == 0,
-            lambda: optax.incremental_update(variables, average, share),
-            lambda: average,
-        )
-        return average, variables
-
-
-@dataclasses.dataclass(frozen=True)
-class Lookahead:
-    """Slow weights and batch norm statistics that training is set back to (airbench.md, section 5).
-
-    After every `every`-th step s of T: `slow <- d * slow + (1 - d) * fast` with `d = decay ** every * (s / T) ** 3`,
-    then `fast <- slow`. Momentum is left alone. The slow copy is what is evaluated, so the steps after the last of
-    these count for nothing.
-
-    Attributes:
-      decay: share of the slow copy that a step would keep at the end of the run.
-      every: steps between two looks.
-    """
-
-    decay: float = 0.95
-    every: int = 5
-
-    TUNABLE: ClassVar = ("decay",)
-
-    def __post_init__(self):
-        if not (0 <= self.decay < 1 and self.every >= 1):
-            raise ValueError(
-                f"Lookahead has decay {self.decay}, every {self.every}; expected 0 <= decay < 1, every >= 1"
-            )
-
-    def init(self, variables: Params) -> Params:
-        """A copy, so that donating the state never hands one buffer over twice."""
-        return jax.tree.map(jnp.copy, variables)
-
-    def update(self, average: Params, variables: Params, progress: Progress) -> tuple[Params, Params]:
-        """The slow copy after a step, and the fast one, which is the slow one after every `every`-th step."""
-        share = progress.step.astype(jnp.result_type(float)) / progress.num_steps
-        keep = self.decay**self.every * share**3
-
-        def look():
-            mix = lambda slow, fast: keep.astype(slow.dtype) * slow + (1 - keep).astype(slow.dtype) * fast
-            slow = jax.tree.map(mix, average, variables)
-            return slow, slow
-
-        return jax.lax.cond(progress.step % self.every == 0, look, lambda: (average, variables))
 
 
 class FreezeState(NamedTuple):

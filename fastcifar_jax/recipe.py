@@ -10,13 +10,14 @@ import typing
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from fastcifar_jax import conv
 from fastcifar_jax.augment import Augmentation, Choices, Crop, Cutout, Flip, PerExample
+from fastcifar_jax.averaging import Average
 from fastcifar_jax.evaluate import TTA, FlipTTA
 from fastcifar_jax.losses import CrossEntropy
-from fastcifar_jax.model import PRECISIONS, Network
-from fastcifar_jax.optim import Average, Nesterov, Optimizer
-from fastcifar_jax.resnet9 import ResNet9
+from fastcifar_jax.models.base import PRECISIONS, Network
+from fastcifar_jax.models.resnet9 import ResNet9
+from fastcifar_jax.ops import conv
+from fastcifar_jax.optim import Nesterov, Optimizer
 
 CIFAR10_MEAN = (125.31, 122.95, 113.87)  # of the training images, red green blue, 0..255
 CIFAR10_STD = (62.99, 62.09, 66.70)

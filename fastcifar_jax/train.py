@@ -14,14 +14,14 @@ from jax import lax
 from jaxtyping import Array, Int, PRNGKeyArray
 
 from fastcifar_jax.augment import EpochPlan, augment, normalize, plan_epoch
-from fastcifar_jax.conv import Driver, compiler_options, default_driver
 from fastcifar_jax.evaluate import evaluate
-from fastcifar_jax.model import PRECISIONS
-from fastcifar_jax.norm import share_of_batch
+from fastcifar_jax.models.base import PRECISIONS
+from fastcifar_jax.ops.batch_norm import share_of_batch
+from fastcifar_jax.ops.conv import Driver, compiler_options, default_driver
 from fastcifar_jax.optim import frozen_parameters
 from fastcifar_jax.recipe import Recipe, resolve_dtype
 from fastcifar_jax.schedules import count_steps
-from fastcifar_jax.step import TrainStep, make_train_step
+from fastcifar_jax.train_step import TrainStep, make_train_step
 from fastcifar_jax.tunable import Values, program_key, tunable, with_tunable
 from fastcifar_jax.types import Batch, Dataset, EpochInfo, Evaluation, RunResult, Snapshot, StepInfo, TrainState
 

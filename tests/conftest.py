@@ -3,10 +3,14 @@
 import jax
 import numpy as np
 import pytest
-from helpers_cli import TRICK, fake_make_train, train_and_test
 
-from fastcifar_jax import cli, data, report, runs, train
+from fastcifar_jax import train
+from fastcifar_jax.cli import app as cli
+from fastcifar_jax.cli import console as report
+from fastcifar_jax.data import load as data
+from fastcifar_jax.runs import runner as runs
 from fastcifar_jax.tunable import program_key
+from tests.helpers_cli import TRICK, fake_make_train, train_and_test
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -10,7 +10,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from fastcifar_jax.model import Model
+from fastcifar_jax.models.base import Model
 from fastcifar_jax.optim import Nesterov
 from fastcifar_jax.recipe import Published, Recipe
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastcifar_jax.data import DataError, load
+from fastcifar_jax.data.load import DataError, load
 from fastcifar_jax.types import Dataset
 
 BATCHES = [f"data_batch_{i}" for i in range(1, 6)]

@@ -7,9 +7,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 from experiments.bag_of_tricks import baseline, celu, final
-from fastcifar_jax import page, records, tables
-from fastcifar_jax.discover import Experiment
 from fastcifar_jax.recipe import change, flatten
+from fastcifar_jax.report import html as page
+from fastcifar_jax.report import tables
+from fastcifar_jax.runs import records
+from fastcifar_jax.runs.experiments import Experiment
 from fastcifar_jax.types import EpochInfo
 
 EXPERIMENTS = [

@@ -1,6 +1,6 @@
 """A network with a norm that is a plain pair of functions, and records of runs that never were."""
 
-from fastcifar_jax.records import Record
+from fastcifar_jax.runs.records import Record
 from fastcifar_jax.types import EpochInfo
 
 NORMED = '''"""A plain pair of functions: convolution, norm, activation, a residual, pools, a head."""
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from fastcifar_jax.evaluate import NoTTA
-from fastcifar_jax.model import Model
+from fastcifar_jax.models.base import Model
 from fastcifar_jax.optim import Nesterov
 from fastcifar_jax.recipe import Recipe
 

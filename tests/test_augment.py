@@ -5,16 +5,16 @@ import numpy as np
 import pytest
 
 from fastcifar_jax.augment import (
-    AlternatingFlip,
-    Crop,
-    Cutout,
-    Flip,
-    PerExample,
-    ShuffledGroups,
-    augment,
-    normalize,
-    plan_epoch,
-)  # fmt: skip
+    AlternatingFlip,  # fmt: skip
+    Crop,  # fmt: skip
+    Cutout,  # fmt: skip
+    Flip,  # fmt: skip
+    PerExample,  # fmt: skip
+    ShuffledGroups,  # fmt: skip
+    augment,  # fmt: skip
+    normalize,  # fmt: skip
+    plan_epoch,  # fmt: skip
+)
 
 ALL = (Crop(4), Flip(), Cutout(8))
 

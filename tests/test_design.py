@@ -6,14 +6,25 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "fastcifar_jax"
+# A folder or a module of the top level may import those on the lines above it, and a folder itself.
 ORDER = (
-    "types unpickle readers data augment whitening onednn_trial conv pooling norm activations model "
-    "resnet9 airnet losses schedules optim muon evaluate recipe tunable parts step train hosts mesh seeds records "
-    "checkpoint saved scores stats report comparison trade discover live runs together bench "
-    "bench_worker options compare_cli plot_data plots graph drawing plot_cli saved_cli "
-    "tables charts page report_cli reproduce reproduce_cli cli __main__"
-).split()
-LATE = {("onednn_trial", "conv")}  # the trial's own program, which runs in another process
+    "types",
+    "ops data augment losses schedules",
+    "models optim evaluate",
+    "muon averaging",
+    "recipe",
+    "train_step",
+    "train",
+    "parallel torch_baseline",
+    "runs",
+    "analysis",
+    "report",
+    "cli",
+    "__main__",
+)
+LEVEL = {name: level for level, names in enumerate(ORDER) for name in names.split()}
+FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]
+IDS = [path.relative_to(PACKAGE).as_posix() for path in FILES]
 
 
 def imports(path):
@@ -22,34 +33,59 @@ def imports(path):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            yield node.module
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
+def room(name):
+    """The folder or top-level module of `fastcifar_jax.room.more`; None for another package."""
+    package, _, rest = name.partition(".")
+    return rest.split(".")[0] if package == "fastcifar_jax" and rest.split(".")[0] in LEVEL else None
+
+
 def users_of(package):
-    """The modules that import it."""
-    files = PACKAGE.glob("*.py")
-    return {path.stem for path in files if any(module.split(".")[0] == package for module in imports(path))}
+    """The files that import it."""
+    return {path.relative_to(PACKAGE) for path in FILES if package in {name.split(".")[0] for name in imports(path)}}
 
 
-def test_every_module_has_its_place():
-    assert {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"} == set(ORDER)
+@pytest.mark.parametrize("path", FILES, ids=IDS)
+def test_imports_point_one_way(path):
+    own = path.relative_to(PACKAGE).with_suffix("").parts[0]
+    for name in imports(path):
+        other = room(name)
+        if other is not None and other != own:
+            assert LEVEL[other] < LEVEL[own], f"{path.relative_to(PACKAGE)} imports {name}"
+        assert name.split(".")[0] != "experiments"
 
 
-@pytest.mark.parametrize("name", ORDER)
-def test_imports_point_one_way(name):
-    for module in imports(PACKAGE / f"{name}.py"):
-        package, _, rest = module.partition(".")
-        other = rest.split(".")[0]
-        if package == "fastcifar_jax" and other in ORDER:
-            assert ORDER.index(other) < ORDER.index(name) or (name, other) in LATE, f"{name} imports {other}"
-        assert package != "experiments"
+def test_no_cycles_inside_a_folder():
+    graph = {}
+    for path in FILES:
+        own = "fastcifar_jax." + ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+        graph[own] = set(imports(path))
+    names = {
+        own: {o for o in graph if o != own and (o in found or any(f.startswith(o + ".") for f in found))}
+        for own, found in graph.items()
+    }
+    while names:
+        free = {own for own, found in names.items() if not found & names.keys()}
+        assert free, f"these import each other: {sorted(names)}"
+        names = {own: found for own, found in names.items() if own not in free}
 
 
 def test_flax_is_imported_by_the_networks_alone():
-    assert users_of("flax") == {"model", "resnet9", "airnet"}
+    assert {path.parts[0] for path in users_of("flax")} == {"models"}
 
 
 def test_torch_is_imported_only_to_compare_with_and_tensorflow_nowhere():
-    assert users_of("torch") == {"bench_worker"}
+    assert {path.parts[0] for path in users_of("torch")} == {"torch_baseline"}
     assert users_of("tensorflow") == set()
+
+
+def test_only_the_command_line_prints():
+    printers = {
+        path.relative_to(PACKAGE).parts[0]
+        for path in FILES
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+    }
+    assert printers <= {"cli"}

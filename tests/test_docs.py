@@ -7,8 +7,10 @@ from pathlib import Path
 import click
 import pytest
 
-from fastcifar_jax import discover, records, tables
-from fastcifar_jax.cli import commands
+from fastcifar_jax.cli.app import commands
+from fastcifar_jax.report import tables
+from fastcifar_jax.runs import experiments as discover
+from fastcifar_jax.runs import records
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])

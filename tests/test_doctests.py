@@ -7,7 +7,11 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "fastcifar_jax"
-EXAMPLES = sorted(path.stem for path in PACKAGE.glob("*.py") if ">>> " in path.read_text(encoding="utf-8"))
+EXAMPLES = sorted(
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+    for path in PACKAGE.rglob("*.py")
+    if ">>> " in path.read_text(encoding="utf-8")
+)
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -18,4 +22,4 @@ def test_examples(name):
 
 
 def test_the_modules_that_are_called_by_users_have_examples():
-    assert {"augment", "comparison", "options", "recipe", "schedules", "stats"} <= set(EXAMPLES)
+    assert {"augment", "analysis.compare", "cli.options", "recipe", "schedules", "analysis.stats"} <= set(EXAMPLES)

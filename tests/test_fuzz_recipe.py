@@ -4,13 +4,13 @@ import math
 from pathlib import Path
 
 import pytest
-from helpers_fuzz import COUNTS, EXTREMES, fuzz
 from hypothesis import strategies as st
 
 from experiments import airbench, bag_of_tricks
-from fastcifar_jax.comparison import parse_arm
-from fastcifar_jax.options import MAX_ARMS, parse_seeds, variants
+from fastcifar_jax.analysis.compare import parse_arm
+from fastcifar_jax.cli.options import MAX_ARMS, parse_seeds, variants
 from fastcifar_jax.recipe import Recipe, change, flatten, override
+from tests.helpers_fuzz import COUNTS, EXTREMES, fuzz
 
 RECIPES = (bag_of_tricks.baseline, bag_of_tricks.final, *airbench.RECIPES)
 NAMES = sorted({name for recipe in RECIPES for name in flatten(recipe)})

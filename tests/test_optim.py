@@ -5,17 +5,8 @@ import numpy as np
 import optax
 import pytest
 
-from fastcifar_jax.optim import (
-    Ema,
-    Kilostep,
-    Lookahead,
-    Nesterov,
-    Progress,
-    freeze_after,
-    label_by_path,
-    nesterov,
-    scale_by_schedule_of_epochs,
-)
+from fastcifar_jax.averaging import Ema, Lookahead, Progress
+from fastcifar_jax.optim import Kilostep, Nesterov, freeze_after, label_by_path, nesterov, scale_by_schedule_of_epochs
 from fastcifar_jax.schedules import WarmupDecay, piecewise_linear
 
 

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from experiments import bag_of_tricks
-from fastcifar_jax import discover
+from fastcifar_jax.runs import experiments as discover
 from fastcifar_jax.train import check
 from fastcifar_jax.types import Dataset
 

@@ -1,0 +1,175 @@
+"""The commands that use saved models: `predict` and `evaluate`."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from sklearn.metrics import confusion_matrix
+
+from fastcifar_jax.analysis.calibration import measure
+from fastcifar_jax.cli import console as report
+from fastcifar_jax.cli.options import Invocation, json_option, refusals
+from fastcifar_jax.data.load import load
+from fastcifar_jax.data.readers import DataError, bounded_bytes, decode_image, faults_of
+from fastcifar_jax.ops import conv
+from fastcifar_jax.runs import experiments as discover
+from fastcifar_jax.runs import records
+from fastcifar_jax.runs import saved_model as saved
+from fastcifar_jax.runs.saved_model import SavedModel
+
+MAX_FILE = 32 << 20  # bytes of an image file
+TOP = 3  # classes shown for an image
+MAX_SHOWN = 20  # classes of a confusion table that fits a page
+
+recipe_option = click.option(
+    "--recipe", "recipe_name", metavar="NAME", help="Where the network is a class of your own."
+)
+path_argument = click.argument("path", type=click.Path(path_type=Path))
+
+
+@click.command()
+@path_argument
+@click.argument("images", metavar="IMAGE...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--resize", is_flag=True, help="Cut images of another size to the right shape and scale them.")
+@recipe_option
+@json_option
+@click.pass_obj
+def predict(
+    invocation: Invocation,
+    path: Path,
+    images: tuple[Path, ...],
+    resize: bool,
+    recipe_name: str | None,
+    json_path: Path | None,
+) -> None:
+    """Shows the likeliest classes of PNG and JPEG images, by the model at PATH that `run --save` has written."""
+    model = _load(invocation, path, recipe_name)
+    with refusals():
+        pixels = np.stack([read_image(image, model.image_shape, resize) for image in images])
+        probabilities = model.predict(pixels)
+    table = report.make_table("image", *(f"class {i}" for i in range(1, 1 + min(TOP, len(model.classes)))))
+    for image, row in zip(images, probabilities, strict=True):
+        likeliest = np.argsort(-row, kind="stable")[:TOP]
+        table.add_row(str(image), *(f"{model.classes[i]} {report.percent(row[i])}" for i in likeliest))
+    report.make_console().print(table)
+    if json_path:
+        rows = [[float(value) for value in row] for row in probabilities]
+        answer = {"classes": model.classes, "images": list(map(str, images)), "probabilities": rows}
+        records.write_text(json_path, records.dumps({**_origin(path, model), **answer}))
+
+
+@click.command()
+@path_argument
+@click.option("--data", "source", metavar="SOURCE", required=True, help="A data set's name or a path.")
+@click.option("--limit-test", type=click.IntRange(1), metavar="N", help="Take the first N test images only.")
+@recipe_option
+@json_option
+@click.pass_obj
+def evaluate(
+    invocation: Invocation,
+    path: Path,
+    source: str,
+    limit_test: int | None,
+    recipe_name: str | None,
+    json_path: Path | None,
+) -> None:
+    """Tests the model at PATH, which `run --save` has written, on the test images of a data set.
+
+    Shown are accuracy, cross-entropy (of the labels themselves, whatever the loss in training was), expected
+    calibration error and confusion table.
+    """
+    model = _load(invocation, path, recipe_name)
+    console = report.make_console()
+    with refusals():
+        dataset, info = load(source)
+        pixels, labels = (np.asarray(array)[:limit_test] for array in dataset[2:])
+        if limit_test and len(labels) < limit_test:
+            raise DataError(f"limit_test is {limit_test}; {source} has {len(labels)} test images: give fewer")
+        if len(info.classes) > len(model.classes):
+            raise DataError(
+                f"{source} has {len(info.classes)} classes, the model {len(model.classes)}; give other data"
+            )
+        plain, views = model.logits(pixels)
+    measured = {"plain": measure(plain, labels), "tta": measure(views, labels)}
+    known = saved.hash_of(pixels, labels) == model.test_hash
+    confusion = confusion_matrix(labels, views.argmax(-1), labels=range(len(model.classes)))
+
+    console.print(
+        f"{model.experiment}, seed {model.seed}; on record: test {report.percent(model.test_accuracy)}, TTA "
+        f"{report.percent(model.tta_accuracy)} ({model.data_source}; {'the same' if known else 'other'} test images)",
+        soft_wrap=True,
+    )
+    if info.classes != model.classes:
+        console.print(f"warning: {source} names its classes otherwise than the model", soft_wrap=True)
+    table = report.make_table(f"{len(labels):,} images", *((name, "right") for name in measured["plain"]))
+    for name, values in measured.items():
+        accuracy, *others = values.values()
+        table.add_row({"tta": "with TTA"}.get(name, name), report.percent(accuracy), *(f"{x:.4f}" for x in others))
+    console.print(table)
+    _show_confusion(confusion, model.classes, console)
+    if json_path:
+        answer = {
+            "source": source,
+            "data_hash": info.hash,
+            "test_images": len(labels),
+            "test_images_on_record": known,
+            **measured,
+            "classes": model.classes,
+            "confusion": confusion.tolist(),
+        }
+        records.write_text(json_path, records.dumps({**_origin(path, model), **answer}))
+
+
+def read_image(path: Path, shape: tuple[int, int, int], resize: bool) -> np.ndarray:
+    """A PNG or JPEG file as uint8 `[height, width, 3]`.
+
+    Args:
+      path: of the file, which is treated as untrusted.
+      shape: height, width and channels of the result.
+      resize: cut the centre out of an image of another size, and scale it; turn a photograph as its camera was held.
+
+    Raises:
+      DataError: the file is too large, damaged, no image, or of another size than `shape`.
+    """
+    height, width, channels = shape
+    if channels != 3:
+        raise DataError(f"the model takes images of {channels} channels; image files give three: use its predict")
+    with faults_of(path):
+        return decode_image(bounded_bytes(path, MAX_FILE), path, width, height, resize, "resize it, or give --resize")
+
+
+def _load(invocation: Invocation, path: Path, recipe_name: str | None) -> SavedModel:
+    with refusals():
+        conv.tune_process()  # before anything asks JAX for a device
+        found = discover.resolve((recipe_name,), invocation.folder) if recipe_name else []
+        if len(found) > 1:
+            raise ValueError(f"{recipe_name} declares {len(found)} recipes; give one")
+        return saved.load(path, recipe=found[0].recipe if found else None)
+
+
+def _origin(path: Path, model: SavedModel) -> dict[str, Any]:
+    return {
+        "model": str(path),
+        "experiment": model.experiment,
+        "seed": model.seed,
+        "recipe_hash": model.recipe_hash,
+        "recorded": {"test_accuracy": model.test_accuracy, "tta_accuracy": model.tta_accuracy},
+    }
+
+
+def _show_confusion(confusion, classes, console) -> None:
+    if len(classes) <= MAX_SHOWN:
+        console.print("rows: true classes; columns: predicted, with TTA")
+        table = report.make_table("", *((name, "right") for name in classes))
+        for name, row in zip(classes, confusion, strict=True):
+            table.add_row(name, *map(str, row))
+    else:
+        console.print(f"the {MAX_SHOWN} commonest confusions, with TTA (all of them: --json)")
+        table = report.make_table("true", "predicted", ("images", "right"))
+        wrong = confusion * (1 - np.eye(len(classes), dtype=int))
+        for i in np.argsort(-wrong, axis=None, kind="stable")[:MAX_SHOWN]:
+            true, predicted = divmod(int(i), len(classes))
+            if wrong[true, predicted]:
+                table.add_row(classes[true], classes[predicted], str(wrong[true, predicted]))
+    console.print(table)

@@ -1,0 +1,206 @@
+"""What the commands that run recipes have in common: their options, and the jobs that these stand for."""
+
+import contextlib
+import functools
+import importlib
+import itertools
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import click
+from rich.console import Console
+
+from fastcifar_jax.analysis.compare import arm_name, parse_arm
+from fastcifar_jax.models.base import PRECISIONS
+from fastcifar_jax.ops import conv
+from fastcifar_jax.ops.conv import Driver
+from fastcifar_jax.recipe import change, resolve_dtype
+from fastcifar_jax.runs import experiments as discover
+from fastcifar_jax.runs import runner as runs
+from fastcifar_jax.runs.runner import Job
+from fastcifar_jax.train import check
+
+MAX_ARMS = 10_000  # of a sweep
+
+
+class Invocation(NamedTuple):
+    """What every command knows."""
+
+    folder: Path | None  # of the experiments
+    arguments: tuple[str, ...]
+
+
+class RunOptions(NamedTuple):
+    """How recipes are changed and run; the fields are the options below."""
+
+    data: str | None
+    epochs: int | None
+    limit_train: int | None
+    width: int | None
+    dtype: str | None
+    assignments: tuple[str, ...]
+    sweeps: tuple[str, ...]
+    driver: Driver | None
+    out: Path
+    again: bool
+    checkpoint: bool
+
+
+# Options that several commands have.
+data_option = click.option(
+    "--data", metavar="SOURCE", help="A data set's name or a path; else $FASTCIFAR_DATA; else cifar10."
+)
+epochs_option = click.option("--epochs", type=int, help="Moves the schedule's knots along; applied after --set.")
+limit_train_option = click.option("--limit-train", type=int, metavar="N", help="The first N training images only.")
+width_option = click.option("--width", type=int, help="Channels of the first layer; the others keep their ratios.")
+set_option = click.option(
+    "--set", "assignments", multiple=True, metavar="NAME=VALUE", help="A value of `show`; repeats."
+)
+json_option = click.option(
+    "--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Also write the answer there."
+)
+
+
+def run_options(command: Callable) -> Callable:
+    """Gives a command the options of `RunOptions`, which it receives as its argument `options`."""
+
+    @functools.wraps(command)
+    def with_options(*args, **kwargs):
+        options = RunOptions(**{name: kwargs.pop(name) for name in RunOptions._fields})
+        return command(*args, options=options, **kwargs)
+
+    folder = click.Path(file_okay=False, path_type=Path)
+    for option in (
+        click.option("--checkpoint", is_flag=True, help="Save the state every epoch; go on from it if killed."),
+        click.option("--again", is_flag=True, help="Also run what is on record as finished or diverged."),
+        click.option("--out", type=folder, default="runs", show_default=True, help="Folder of the records."),
+        click.option("--driver", type=click.Choice(("python", "scan")), help="The training loop; default by platform."),
+        click.option("--sweep", "sweeps", multiple=True, metavar="NAME=V,V", help="An arm for each value; repeats."),
+        set_option,
+        click.option("--dtype", type=click.Choice(tuple(PRECISIONS)), help="The compute dtype; default by platform."),
+        width_option,
+        limit_train_option,
+        epochs_option,
+        data_option,
+    ):
+        with_options = option(with_options)
+    return with_options
+
+
+def variants(sweeps: Sequence[str]) -> list[tuple[str, ...]]:
+    """The assignments of each arm of a sweep.
+
+    Returns:
+      One empty tuple without sweeps.
+
+    Raises:
+      ValueError: more than `MAX_ARMS` of them.
+
+    Example:
+      >>> variants(["a=1,2", "b=3"])
+      [('a=1', 'b=3'), ('a=2', 'b=3')]
+    """
+    axes = []
+    for text in sweeps:
+        name, equals, values = text.partition("=")
+        axes.append([f"{name}{equals}{value}" for value in values.split(",")])
+    if (count := math.prod(map(len, axes))) > MAX_ARMS:
+        raise ValueError(f"the sweeps make {count:,} arms of each recipe; give at most {MAX_ARMS:,}")
+    return list(itertools.product(*axes))
+
+
+def parse_seeds(text: str) -> range:
+    """Seeds 0 to 4 of "5", seeds 3 to 9 of "3-9".
+
+    Raises:
+      ValueError: neither, or no seed.
+
+    Example:
+      >>> parse_seeds("5"), parse_seeds("3-9")
+      (range(0, 5), range(3, 10))
+    """
+    first, dash, last = text.partition("-")
+    if len(text) <= 30 and first.isdecimal() and (last.isdecimal() if dash else True):
+        seeds = range(int(first), int(last) + 1) if dash else range(int(first))
+        if seeds and seeds[-1] < 2**32:  # JAX drops the higher bits of a seed
+            return seeds
+    raise ValueError(f"{text!r:.80} names no seeds; give a count such as 5 (seeds 0 to 4) or a range such as 0-9")
+
+
+def seeds_option(default: str | None) -> Callable:
+    """The option `--seeds`, a `range` or None."""
+
+    def convert(context, parameter, value):
+        try:
+            return None if value is None else parse_seeds(value)
+        except ValueError as error:
+            raise click.BadParameter(str(error), context, parameter) from error
+
+    text = "A count, or a range: 0-9."
+    return click.option("--seeds", default=default, show_default=default is not None, callback=convert, help=text)
+
+
+@contextlib.contextmanager
+def refusals(name: str = "") -> Iterator[None]:
+    """A ValueError from building a recipe or reading data is the user's to mend: one line instead of a traceback."""
+    try:
+        yield
+    except ValueError as error:
+        raise click.UsageError(f"{name}: {error}".removeprefix(": ")) from error
+
+
+def make_jobs(
+    invocation: Invocation, names: Sequence[str], options: RunOptions, console: Console
+) -> tuple[dict[str, Job], Driver]:
+    """The recipes that arms stand for, changed by the options and checked against their data; and the driver.
+
+    Args:
+      invocation: of the command.
+      names: arms as `comparison.parse_arm` takes them, without hashes.
+      options: of the command.
+      console: tells which data are loaded.
+
+    Raises:
+      click.UsageError: names, values or data that cannot be used.
+    """
+    with refusals():
+        conv.tune_process()  # before anything asks JAX for a device
+    load_once = functools.cache(lambda source: runs.load_data(source, options.limit_train, console))
+    jobs: dict[str, Job] = {}
+    with refusals():
+        parsed = [parse_arm(text) for text in names]
+        if options.checkpoint and any(framework == "torch" for framework, _, _ in parsed):
+            raise ValueError("torch: arms have no checkpoints; leave out --checkpoint, or run them by themselves")
+        found = [discover.resolve((name,), invocation.folder) for _, name, _ in parsed]  # all, before data are loaded
+        for (framework, _, _), experiments in zip(parsed, found, strict=True):
+            twin = torch_twin() if framework == "torch" else None
+            for experiment, variant in itertools.product(experiments, variants(options.sweeps)):
+                arm = arm_name(framework, experiment.recipe.name, variant)
+                assignments = (*options.assignments, *variant)
+                with refusals(arm):
+                    recipe = change(experiment.recipe, assignments, options.epochs, options.width, options.dtype)
+                data = load_once(options.data or os.environ.get("FASTCIFAR_DATA") or experiment.data or "cifar10")
+                with refusals(arm):
+                    check(recipe, len(data.info.classes), data.dataset)
+                    if twin:
+                        twin.make_train(recipe, len(data.info.classes))
+                whole = data.info.source == "cifar10" and options.limit_train is None
+                as_published = whole and recipe == resolve_dtype(experiment.recipe)
+                jobs.setdefault(arm, Job(arm, recipe, experiment.path, as_published, data, twin))
+    return jobs, options.driver or conv.default_driver()
+
+
+def torch_twin() -> ModuleType:
+    """The recipes in PyTorch.
+
+    Raises:
+      ValueError: it cannot be imported.
+    """
+    try:
+        return importlib.import_module("fastcifar_jax.torch_baseline.train")
+    except ImportError as error:
+        raise ValueError(f"torch: arms need PyTorch: {error}; pip install -e '.[compare]'") from error

@@ -1,0 +1,226 @@
+"""The command that draws: plots of recipes, of records, and of the networks."""
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import click
+
+from fastcifar_jax.cli import console as report
+from fastcifar_jax.cli.options import (
+    Invocation,
+    data_option,
+    epochs_option,
+    limit_train_option,
+    refusals,
+    set_option,
+    width_option,
+)
+from fastcifar_jax.models.activations import Celu, Gelu, Relu
+from fastcifar_jax.ops import conv
+from fastcifar_jax.recipe import Recipe, change
+from fastcifar_jax.report import figures as plots
+from fastcifar_jax.report import graph, plot_data
+from fastcifar_jax.report import network as drawing
+from fastcifar_jax.runs import experiments as discover
+from fastcifar_jax.runs import records
+from fastcifar_jax.runs import runner as runs
+from fastcifar_jax.runs.runner import LoadedData
+from fastcifar_jax.train import Diverged
+
+CIFAR10_TRAIN = 50_000  # images
+ALPHAS = (0.075, 0.3)  # of the ladder's CELUs
+
+
+@click.group()
+def plot() -> None:
+    """Draws pictures of recipes and records, as PNG or SVG."""
+
+
+def _form(context: click.Context, parameter: click.Parameter, value: Path) -> Path:
+    if value.suffix not in (".png", ".svg"):
+        raise click.BadParameter(f"{value} must end with .png or .svg", context, parameter)
+    return value
+
+
+out_option = click.option(
+    "--out", type=click.Path(dir_okay=False, path_type=Path), required=True, callback=_form, help="A .png or .svg file."
+)
+
+
+@plot.command()
+@click.argument("name", default="baseline")
+@data_option
+@limit_train_option
+@set_option
+@out_option
+@click.pass_obj
+def augmentations(
+    invocation: Invocation, name: str, data: str | None, limit_train: int | None, assignments: Sequence[str], out: Path
+) -> None:
+    """The first 8 training images, as stored and in the first two epochs of recipe NAME (default: baseline)."""
+    recipe, loaded = _with_data(invocation, name, assignments, data, limit_train)
+    count, epochs = min(8, loaded.info.train), (1, 2)
+    with refusals(recipe.name):
+        pictures = plot_data.augmented(recipe, loaded.dataset, count, epochs)
+    titles = [loaded.info.classes[label] for label in loaded.dataset.train_labels[:count]]
+    _save(out, plots.augmentations, loaded.dataset.train_images[:count], pictures, epochs, titles)
+
+
+@plot.command()
+@click.argument("name", default="final")
+@click.option("--patch", type=click.IntRange(2, 3), default=3, show_default=True, help="Side of the patches, pixels.")
+@data_option
+@limit_train_option
+@set_option
+@out_option
+@click.pass_obj
+def whitening(
+    invocation: Invocation,
+    name: str,
+    patch: int,
+    data: str | None,
+    limit_train: int | None,
+    assignments: Sequence[str],
+    out: Path,
+) -> None:
+    """The eigenvectors of image patches, from the images that recipe NAME (default: final) starts with."""
+    recipe, loaded = _with_data(invocation, name, assignments, data, limit_train)
+    _save(out, plots.whitening, plot_data.eigen_patches(recipe, loaded.dataset, patch), recipe)
+
+
+@plot.command()
+@out_option
+def celu(out: Path) -> None:
+    """The activations of the recipes, and their slopes."""
+    celus = {f"CELU, alpha {alpha:g}": Celu(alpha) for alpha in ALPHAS}
+    _save(out, plots.activations, {"ReLU": Relu(), **celus, "GELU": Gelu()})
+
+
+@plot.command()
+@click.argument("names", metavar="[NAME]...", nargs=-1)
+@epochs_option
+@set_option
+@out_option
+@click.pass_obj
+def schedule(
+    invocation: Invocation, names: Sequence[str], epochs: int | None, assignments: Sequence[str], out: Path
+) -> None:
+    """The learning rates of recipes (default: final) over a run on 50,000 images."""
+    rates = {}
+    for recipe in _recipes(invocation, names or ("final",), assignments, epochs):
+        with refusals():
+            steps_per_epoch = CIFAR10_TRAIN // recipe.batch_size
+            rates[recipe.name] = plot_data.learning_rates(recipe, max(1, steps_per_epoch))
+    _save(out, plots.schedules, rates)
+
+
+@plot.command("bn-dynamics")
+@click.argument("name", default="ghost_norm")
+@data_option
+@limit_train_option
+@epochs_option
+@width_option
+@set_option
+@out_option
+@click.pass_obj
+def bn_dynamics(
+    invocation: Invocation,
+    name: str,
+    data: str | None,
+    limit_train: int | None,
+    epochs: int | None,
+    width: int | None,
+    assignments: Sequence[str],
+    out: Path,
+) -> None:
+    """Trains recipe NAME (default: ghost_norm) and shows scales and biases of its norms after each epoch."""
+    with refusals():
+        plots.new_figure(1, 1)  # nothing is trained where it could not be drawn
+        conv.tune_process()
+    recipe, loaded = _with_data(invocation, name, assignments, data, limit_train, epochs, width)
+    records.make_folder(out.parent)
+    console = report.make_console()
+    on_epoch = lambda row: console.print(f"epoch {row.epoch}: training loss {row.train_loss:.4f}")
+    try:
+        with refusals():
+            history = plot_data.norm_history(recipe, len(loaded.info.classes), loaded.dataset, on_epoch)
+    except Diverged as error:
+        raise click.ClickException(str(error)) from error
+    title = f"{recipe.name}: the first 8 channels of each norm, {loaded.info.source}, seed 0"
+    _save(out, plots.norms, history, title)
+
+
+@plot.command()
+@click.argument("paths", metavar="[RUNS]...", nargs=-1, type=click.Path(path_type=Path))
+@out_option
+def convergence(paths: Sequence[Path], out: Path) -> None:
+    """Accuracy against epochs, from records of runs of several lengths: RUNS are folders or files (default: runs)."""
+    with refusals():
+        series = plot_data.lengths_of(_finished_arms(paths))
+    _save(out, plots.convergence, series)
+
+
+@plot.command()
+@click.argument("paths", metavar="[RUNS]...", nargs=-1, type=click.Path(path_type=Path))
+@out_option
+def curves(paths: Sequence[Path], out: Path) -> None:
+    """Accuracy and loss by epoch, from records: RUNS are folders or files (default: runs)."""
+    with refusals():
+        arms = _finished_arms(paths)
+    _save(out, plots.curves, arms)
+
+
+@plot.command()
+@click.argument("name", default="final")
+@width_option
+@set_option
+@out_option
+@click.pass_obj
+def network(invocation: Invocation, name: str, width: int | None, assignments: Sequence[str], out: Path) -> None:
+    """The network of recipe NAME (default: final) for images of 32x32 and 10 classes."""
+    [recipe] = _recipes(invocation, (name,), assignments, None, width)
+    with refusals(recipe.name):
+        figure = drawing.draw(graph.graph_of(recipe.model(10, "float32")), recipe.name)
+    try:
+        _write(out, drawing.render(figure, out.suffix[1:]))
+    except drawing.NoDot as error:
+        out = out.with_suffix(".dot")
+        _write(out, figure.source.encode())
+        click.echo(f"{error}: where it is, dot -T svg -O {out} draws the picture")
+
+
+def _recipes(invocation, names, assignments, epochs=None, width=None) -> list[Recipe]:
+    with refusals():
+        found = discover.resolve(names, invocation.folder)
+        return [change(experiment.recipe, assignments, epochs, width, None) for experiment in found]
+
+
+def _with_data(invocation, name, assignments, data, limit_train, epochs=None, width=None) -> tuple[Recipe, LoadedData]:
+    """One recipe, and the images that it would be trained on."""
+    with refusals():
+        found = discover.resolve((name,), invocation.folder)
+        if len(found) > 1:
+            raise click.UsageError(f"{name} stands for {len(found)} recipes; name one")
+        recipe = change(found[0].recipe, assignments, epochs, width, None)
+        source = data or os.environ.get("FASTCIFAR_DATA") or found[0].data or "cifar10"
+        return recipe, runs.load_data(source, limit_train, report.make_console())
+
+
+def _finished_arms(paths: Sequence[Path]) -> list[plot_data.Arm]:
+    """Raises ValueError where no run has finished."""
+    arms = plot_data.arms_of(plot_data.read_runs(paths or (Path("runs"),)))
+    if not any(record.status == "finished" for arm in arms for record in arm.records):
+        raise ValueError(f"no run in {', '.join(map(str, paths)) or 'runs'} has finished; there is nothing to draw")
+    return arms
+
+
+def _save(out: Path, figure: Callable, *arguments) -> None:
+    with refusals():
+        picture = plots.render(figure, *arguments, form=out.suffix[1:])
+    _write(out, picture)
+
+
+def _write(out: Path, picture: bytes) -> None:
+    records.write_bytes(out, picture)
+    click.echo(f"wrote {out}")

@@ -1,0 +1,66 @@
+"""What a network is, a pair of pure functions, and the layers that networks have in common."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import PRNGKeyArray
+
+from fastcifar_jax.types import Images, Logits, Params
+
+Variables = dict[str, Params]  # the collections "params", "frozen" and "batch_stats"
+
+
+class Precision(NamedTuple):
+    """The dtypes of one compute policy."""
+
+    params: Any  # master copies of the weights
+    activations: Any  # between the layers
+    operands: Any  # of the convolutions' and the head's products
+    images: Any = jnp.float32  # once normalised; bfloat16 would lose two bits of the pixels
+
+
+PRECISIONS = {
+    "float32": Precision(jnp.float32, jnp.float32, jnp.float32),
+    "mixed": Precision(jnp.float32, jnp.float32, jnp.bfloat16),
+    "bfloat16": Precision(jnp.float32, jnp.bfloat16, jnp.bfloat16),
+    "float16": Precision(jnp.float32, jnp.float16, jnp.float16, jnp.float16),  # images as in the original
+    "float64": Precision(jnp.float64, jnp.float64, jnp.float64, jnp.float64),  # needs jax_enable_x64; for comparisons
+}
+
+
+class Model(NamedTuple):
+    """A network: pure functions over plain nested dicts of arrays in three collections.
+
+    Attributes:
+      init: `(key, images) -> variables`; the images are normalised training images, which whitening learns from.
+      apply: `(variables, images, train) -> (logits, batch_stats)`; logits have the dtype of the weights.
+      enter_evaluation: `batch_stats -> batch_stats`, called when the copy of the network that is evaluated leaves
+        training; the identity for most.
+      macs: `(variables, images) -> nested dict` of the multiply-accumulates of one image's forward pass, layer by
+        layer; evaluates shapes only.
+      num_groups: ghost groups in a training batch, the first axis of every leaf of `batch_stats`; image n belongs to
+        group `n % num_groups`.
+      split: `axis_name -> Model` for devices that each train on their `norm.share_of_batch`, inside `jax.shard_map`
+        over a mesh with that axis; None where the network knows no such thing.
+    """
+
+    init: Callable[[PRNGKeyArray, Images], Variables]
+    apply: Callable[[Variables, Images, bool], tuple[Logits, Params]]
+    enter_evaluation: Callable[[Params], Params]
+    macs: Callable[[Variables, Images | jax.ShapeDtypeStruct], dict[str, Any]]
+    num_groups: int = 1
+    split: Callable[[str], "Model"] | None = None
+
+
+class Network(Protocol):
+    """What `Recipe.model` must be: a frozen dataclass that builds a `Model` for a number of classes."""
+
+    def __call__(self, num_classes: int, compute_dtype: str) -> Model:
+        """The network's functions; `compute_dtype` is a key of `PRECISIONS`."""
+        ...
+
+    def with_width(self, width: int) -> "Network":
+        """The same network, wider or narrower; the first layer gets `width` channels."""
+        ...

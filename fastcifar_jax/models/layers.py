@@ -1,0 +1,192 @@
+"""The layers that the networks share."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import ClassVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PRNGKeyArray
+
+from fastcifar_jax.models.base import Model, Precision
+from fastcifar_jax.ops.batch_norm import groups_here, normalize_groups, normalize_groups_and_pool
+from fastcifar_jax.ops.conv import conv
+from fastcifar_jax.ops.max_pool import max_pool
+from fastcifar_jax.types import Images, Logits
+
+
+@dataclasses.dataclass(frozen=True)
+class Norm:
+    """Batch norm over groups of a batch (sections 1.3 to 1.5 of the specification).
+
+    Attributes:
+      num_groups: ghost groups in a batch; image n belongs to group `n % num_groups`. 1 is ordinary batch norm.
+      train_scale: False keeps the scales at 1, outside the trained parameters.
+      momentum: share of the running statistics that a step keeps (1 minus PyTorch's momentum).
+      eps: added to the variance.
+      faithful: evaluate with group 0's running statistics as the original does under an EMA, instead of the mean
+        over the groups.
+    """
+
+    num_groups: int = 1
+    train_scale: bool = True
+    momentum: float = 0.9
+    eps: float = 1e-5
+    faithful: bool = False
+
+    TUNABLE: ClassVar = ("momentum", "eps")
+
+    def __post_init__(self):
+        if self.num_groups < 1 or not 0 <= self.momentum < 1 or not self.eps > 0:
+            raise ValueError(
+                f"Norm has num_groups {self.num_groups}, momentum {self.momentum}, eps {self.eps}; "
+                "expected num_groups >= 1, 0 <= momentum < 1, eps > 0"
+            )
+
+
+def linen_model(net: nn.Module, norm: Norm) -> Model:
+    """The functions of a Linen module that is called with `(images, train)` and can be cloned with an `axis_name`.
+
+    Args:
+      net: keeps its arrays in the collections "params", "frozen" and "batch_stats" and sows multiply-accumulates in
+        "macs".
+      norm: of its batch norms.
+    """
+
+    def init(key, images):
+        variables = net.init(key, images, train=False)  # so that any number of images will do
+        return {name: variables.get(name, {}) for name in ("params", "frozen", "batch_stats")}
+
+    def apply(variables, images, train):
+        if not train:
+            return net.apply(variables, images, train=False), variables["batch_stats"]
+        logits, updated = net.apply(variables, images, train=True, mutable=["batch_stats"])
+        return logits, updated["batch_stats"]
+
+    def enter_evaluation(batch_stats):
+        # The mean over groups is linear, as are the running statistics, so without `faithful` it makes no
+        # difference whether the merged values are written back; evaluation takes the mean.
+        return jax.tree.map(_merge_groups, batch_stats) if norm.faithful else batch_stats
+
+    def macs(variables, images):
+        found = {}
+
+        def trace(variables, images):
+            found.update(net.apply(variables, images[:1], train=False, mutable=["macs"])[1]["macs"])
+
+        jax.eval_shape(trace, variables, images)
+        return found
+
+    def split(axis_name):
+        return linen_model(net.clone(axis_name=axis_name), norm)
+
+    return Model(init, apply, enter_evaluation, macs, norm.num_groups, split)
+
+
+def _merge_groups(statistics: Array) -> Array:
+    return jnp.broadcast_to(statistics.mean(0, keepdims=True), statistics.shape)
+
+
+def _over_maps(channels: Array) -> Array:
+    return channels[None, None, None, :]
+
+
+def torch_uniform(key, shape, dtype):
+    """PyTorch's default, U(-1/sqrt(fan_in), 1/sqrt(fan_in)); flax's own default is sqrt(3) wider."""
+    return nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")(key, shape, dtype)
+
+
+def dirac(key: PRNGKeyArray, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
+    """PyTorch's default, but filter i < inputs passes channel i on as it is (airbench.md, section 3)."""
+    height, width, inputs, _ = shape
+    kernel = torch_uniform(key, shape, dtype)
+    same = min(inputs, shape[3])
+    identity = jnp.zeros((height, width, inputs, same), dtype).at[height // 2, width // 2].set(jnp.eye(inputs, same))
+    return kernel.at[..., :same].set(identity)
+
+
+class Conv(nn.Module):
+    """A convolution without bias, padded to the size of its input.
+
+    Attributes:
+      features: output channels.
+      size: side of the kernel.
+      precision: of weights and operands.
+      kernel_init: a Linen initialiser of HWIO kernels.
+    """
+
+    features: int
+    size: int
+    precision: Precision
+    kernel_init: Callable[..., Array] = torch_uniform
+
+    @nn.compact
+    def __call__(self, x):
+        """Maps, in the dtype of `x`."""
+        shape = (self.size, self.size, x.shape[-1], self.features)
+        kernel = self.param("kernel", self.kernel_init, shape, self.precision.params)
+        self.sow("macs", "macs", x.shape[1] * x.shape[2] * kernel.size)
+        return conv(x, kernel, self.precision.operands)
+
+
+class GhostBatchNorm(nn.Module):
+    """Statistics are computed and kept in the dtype of the weights, float32 at least.
+
+    Attributes:
+      config: of the norm.
+      precision: of weights and maps.
+      axis_name: of the devices that a training batch is split over.
+      pool: size of the windows of a max-pool that follows, or None.
+    """
+
+    config: Norm
+    precision: Precision
+    axis_name: str | None = None
+    pool: tuple[int, int] | None = None
+
+    @nn.compact
+    def __call__(self, x, train):
+        """Normalised maps, in the dtype of `x`."""
+        config, (batch, height, width, channels) = self.config, x.shape
+        groups, dtype = config.num_groups, self.precision.params
+        ones = lambda: jnp.ones(channels, dtype)
+        if config.train_scale:
+            scale = self.param("scale", lambda _: ones())
+        else:
+            scale = self.variable("frozen", "scale", ones).value
+        bias = self.param("bias", nn.initializers.zeros, (channels,), dtype)
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, (groups, channels), dtype)
+        running_var = self.variable("batch_stats", "var", jnp.ones, (groups, channels), dtype)
+
+        if not train:
+            merge = (lambda s: s[0]) if config.faithful else (lambda s: s.mean(0))
+            mean, var = merge(running_mean.value), merge(running_var.value)
+            weight = scale / jnp.sqrt(var + config.eps)
+            y = ((x.astype(dtype) - _over_maps(mean)) * _over_maps(weight) + _over_maps(bias)).astype(x.dtype)
+            return max_pool(y, self.pool) if self.pool else y
+
+        groups, over = groups_here(groups, self.axis_name)
+        if batch % groups:
+            raise ValueError(f"a batch of {batch} images is not {groups} equal ghost groups; change batch_size")
+        if self.pool and height % self.pool[0] == 0 and width % self.pool[1] == 0:
+            y, mean, var = normalize_groups_and_pool(x, scale, bias, groups, config.eps, self.pool, over)
+        else:
+            y, mean, var = normalize_groups(x, scale, bias, groups, config.eps, over)
+            y = max_pool(y, self.pool) if self.pool else y
+        size = batch // groups * height * width * (1 if over is None else jax.lax.axis_size(over))
+        keep, unbiased = config.momentum, size / max(size - 1, 1)
+        running_mean.value = keep * running_mean.value + (1 - keep) * mean
+        running_var.value = keep * running_var.value + (1 - keep) * unbiased * var
+        return y
+
+
+def linear_head(
+    module: nn.Module, x: Images, num_classes: int, precision: Precision, init: Callable[..., Array] = torch_uniform
+) -> Logits:
+    """The largest value of each map times a matrix, the parameter "linear" of `module`; logits in its dtype."""
+    x = max_pool(x, x.shape[1:3]).reshape(len(x), -1)
+    kernel = module.param("linear", init, (x.shape[-1], num_classes), precision.params)
+    module.sow("macs", "linear", kernel.size)
+    operands = (x.astype(precision.operands), kernel.astype(precision.operands))
+    return jnp.dot(*operands, preferred_element_type=precision.activations).astype(precision.params)

@@ -1,0 +1,1 @@
+"""Convolution, batch norm and max-pool, and what they need on each platform."""

@@ -1,0 +1,1 @@
+"""The same recipes in PyTorch, to compare with (extra: compare)."""

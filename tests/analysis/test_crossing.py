@@ -1,0 +1,83 @@
+"""Where one recipe is as good as another, and the interval of that: by hand, by formula, by simulation."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats as scipy_stats
+
+from fastcifar_jax.analysis.stats import crossing
+
+
+def test_crossing_by_hand():
+    assert crossing([8, 10, 14], [[0.93], [0.94], [0.96]], [0.945]) == pytest.approx((11, 11, 11))
+    assert crossing([8, 10, 14], [[0.92, 0.94], [0.94], [0.96]], [0.93, 0.94]).value == pytest.approx(9)
+    assert crossing([8, 10, 14], [[0.93], [0.94], [0.96]], [0.94]).value == 10
+
+
+def test_crossing_outside_what_was_tried():
+    arms = [[0.93], [0.94]]
+    assert crossing([8, 10], arms, [0.92]) == (-math.inf,) * 3
+    assert crossing([8, 10], arms, [0.93]) == (-math.inf,) * 3  # at the smallest
+    assert crossing([8, 10], arms, [0.95]) == (math.inf,) * 3
+    assert crossing([8, 10], [[0.1] * 3, [0.1] * 7], [0.1] * 11) == (-math.inf,) * 3  # equal in spite of rounding
+
+
+def test_crossing_is_the_last_rise():
+    assert crossing([1, 2, 3, 4], [[0.0], [2.0], [0.0], [2.0]], [1.0]).value == pytest.approx(3.5)
+    assert crossing([1, 2, 3], [[0.0], [2.0], [0.0]], [1.0]).value == math.inf
+
+
+@pytest.mark.parametrize(("confidence", "half"), [(0.95, 0.1 * math.sqrt(2)), (0.6, 0.1 * math.sqrt(2)), (0.4, 0)])
+def test_crossing_interval_by_hand(confidence, half):
+    """Of two runs, a quarter of the resamples is the lower one twice: inside a tail of 20 %, not of 30 %.
+
+    The square root makes up for the mean of a resample having half the variance that the mean of two runs has.
+    """
+    result = crossing([8, 10], [[8], [10]], [8.9, 9.1], confidence)
+    assert result == pytest.approx((9, 9 - half, 9 + half))
+
+
+def test_crossing_interval_takes_order_statistics_outwards():
+    """Of 100 resamples of two runs, `few` are one run twice: the tail reaches the last of them, and no further."""
+    drawn = np.random.default_rng(0).integers(2, size=(100, 2)).sum(1)  # the target is resampled first
+    for end, few in ((1, np.sum(drawn == 0)), (2, np.sum(drawn == 2))):
+        for rank, outside in ((few - 0.01, True), (few + 0.01, False)):
+            confidence = 1 - 2 * rank / 99
+            found = crossing([8, 10], [[8], [10]], [8.9, 9.1], confidence, resamples=100)[end]
+            assert abs(found - 9) == pytest.approx(0.1 * math.sqrt(2) * outside, abs=1e-9)
+
+
+def test_crossing_interval_is_that_of_the_delta_method():
+    """At 1/4 of a step, the gain has variance (1 + 9/16 + 1/16) sd^2 / n, and its slope is 1."""
+    rng = np.random.default_rng(9)
+    n, sd = 400, 0.5
+    samples = [x + sd * rng.standard_normal(n) for x in (8, 9, 10, 11)]
+    result = crossing([8, 9, 10, 11], samples, 9.25 + sd * rng.standard_normal(n), confidence=0.9)
+    half = scipy_stats.norm.ppf(0.95) * sd * math.sqrt((1 + 10 / 16) / n)
+    assert (result.value - result.low, result.high - result.value) == pytest.approx((half, half), rel=0.15)
+    assert result.value == pytest.approx(9.25, abs=2 * half)
+
+
+def test_crossing_interval_may_end_outside():
+    result = crossing([8, 10, 12], [[0.90, 0.94], [0.93, 0.94], [0.93, 0.95]], [0.93, 0.94])
+    assert (result.low, result.value, result.high) == (-math.inf, 10, math.inf)
+
+
+def test_crossing_repeats_with_its_seed():
+    rng = np.random.default_rng(10)
+    repeat = lambda seed: crossing([8, 9, 10], samples, target, seed=seed)
+    samples, target = [x + 0.2 * rng.standard_normal(10) for x in (8, 9, 10)], 9.3 + 0.2 * rng.standard_normal(10)
+    assert repeat(1) == repeat(1) != repeat(2)
+    assert crossing([8, 9, 10], samples, target) == crossing([8, 9, 10], samples, target, 0.95, resamples=2000, seed=0)
+
+
+@pytest.mark.parametrize(("n", "least", "most"), [(5, 0.87, 0.95), (20, 0.92, 0.97)])
+def test_crossing_interval_covers(n, least, most):
+    """Nearly as often as it says at 20 runs an arm, less at five, as its docstring admits."""
+    rng = np.random.default_rng((11, n))
+    found = []
+    for _ in range(500):
+        samples = [x + 0.5 * rng.standard_normal(n) for x in (8, 9, 10, 11)]
+        found.append(crossing([8, 9, 10, 11], samples, 9.3 + 0.5 * rng.standard_normal(n), resamples=200))
+    assert least <= np.mean([result.low <= 9.3 <= result.high for result in found]) <= most

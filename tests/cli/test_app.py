@@ -1,0 +1,370 @@
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments import bag_of_tricks
+from fastcifar_jax.cli import app as cli
+from fastcifar_jax.cli.options import parse_seeds
+from fastcifar_jax.ops import conv
+from fastcifar_jax.recipe import change
+from fastcifar_jax.runs import experiments as discover
+from fastcifar_jax.runs import records
+from fastcifar_jax.runs import runner as runs
+from fastcifar_jax.train import Diverged
+from fastcifar_jax.types import EpochInfo
+from tests.helpers_cli import TRICK
+
+ROOT = Path(__file__).parents[2]
+
+
+def written(folder="runs"):
+    return {record.seed: record for record in records.find(Path(folder)).values()}
+
+
+def test_run_of_a_file(workplace, call):
+    """A real run: record, log, table; then everything is on record."""
+    arguments = ("run", "trick.py", "--data", "tiny.npz", "--seeds", "2", "--driver", "python")
+    status, out, err = call(*arguments)
+    assert (status, err) == (0, "")
+    assert out.count("epoch   train s      loss  accuracy      test       TTA  images/s") == 2
+    assert out.count("compiling\n") == 1 and out.count("training\n") == 1
+    assert "tiny.npz: 130 training and 20 test images, 10 classes" in out
+    assert "trick: n = 2; mean test" in out and "sample standard deviation" in out
+    assert "2 of 2 seeds: 2 finished, 0 diverged, 0 crashed; 0 skipped because on record; records in runs" in out
+    assert "\x1b" not in out and "\r" not in out
+    assert "published" not in out
+
+    [first, second] = written().values()
+    assert (first.seed, second.seed, first.experiment, first.framework) == (0, 1, "trick", "jax")
+    assert first.status == "finished" and first.error is None and first.command == arguments
+    assert first.data == {"source": "tiny.npz", "hash": first.data["hash"], "train": 130, "test": 20}
+    assert (first.driver, first.conv) == ("python", conv.way()[0])
+    assert first.recipe["model.width"] == 3 and "Linear(width=3)" in first.recipe_repr
+    for record in (first, second):
+        assert [epoch.epoch for epoch in record.epochs] == [1, 2]
+        parts = sum(epoch.train_seconds for epoch in record.epochs)
+        parts += record.result["setup_seconds"] + record.result["transfer_seconds"]
+        assert record.result["train_seconds"] == pytest.approx(parts)
+        assert record.result["test_accuracy"] == record.epochs[-1].test_accuracy
+    assert first.result["transfer_seconds"] == second.result["transfer_seconds"] > 0
+    assert first.started.endswith("+00:00")
+    for path in Path("runs").glob("*/*.json"):
+        assert path.with_suffix(".tsv").read_text().startswith("epoch\thours\ttop1Accuracy\n1\t0.0")
+
+    before = {path: path.read_bytes() for path in Path("runs").glob("*/*")}
+    status, out, err = call(*arguments)
+    assert (status, err) == (0, "") and "2 skipped" in out and "mean test" in out and "compiling\n" not in out
+    assert before == {path: path.read_bytes() for path in Path("runs").glob("*/*")}
+
+
+def test_fork_builds_on_an_experiment(workplace, call):
+    """A real, narrow ResNet-9 from a file that imports a declared recipe."""
+    (workplace / "narrow.py").write_text(
+        "from dataclasses import replace\nfrom experiments.bag_of_tricks import baseline\n"
+        "RECIPE = replace(baseline, num_epochs=1, batch_size=64)\n"
+    )
+    status, out, err = call("run", "narrow.py", "--width", "4", "--data", "tiny.npz", "--limit-train", "64")
+    assert (status, err) == (0, "")
+    assert written()[0].recipe["model.channels"] == [4, 8, 16, 32]
+    assert written()[0].experiment == "narrow" and written()[0].data["train"] == 64
+
+
+def test_diverged_run(workplace, call):
+    arguments = ("run", "trick.py", "--data", "tiny.npz", "--set", "optim.peak_lr=1e38", "--driver", "scan")
+    status, out, err = call(*arguments)
+    assert (status, err) == (1, "") and "trick diverged in epoch" in out and "1 diverged" in out
+    [path] = Path("runs").glob("*/*")
+    fields = json.loads(path.read_text())
+    assert fields["status"] == "diverged" and fields["result"] is None and "diverged in epoch" in fields["error"]
+    assert fields["epochs"][-1]["train_loss"] is None or fields["epochs"][-1]["test_loss"] is None
+    status, out, err = call(*arguments)
+    assert status == 1 and "1 diverged, 0 crashed; 1 skipped" in out and "compiling" not in out
+
+
+def test_bad_seeds_do_not_stop_the_others(workplace, call, loaded, trained):
+    nan = EpochInfo(1, 8.0, math.nan, 0.1, math.nan, 0.1, math.nan, 0.1)
+    trained[0][1] = Diverged("trick", (nan,))
+    status, out, _ = call("run", "trick.py", "--seeds", "3")
+    assert status == 1 and "3 of 3 seeds: 2 finished, 1 diverged, 0 crashed; 0 skipped" in out
+    assert [record.status for record in written().values()] == ["finished", "diverged", "finished"]
+    assert "trick: n = 2; mean test 95.00 %, s = 1.41 %; TTA 95.50 %, s = 1.41 %" in out
+
+
+def test_finished_and_diverged_seeds_are_skipped_and_crashed_ones_are_not(workplace, call, loaded, trained):
+    raises, seeds = trained
+    raises[1] = Diverged("trick", (EpochInfo(1, 8.0, math.nan, 0.1, math.nan, 0.1, math.nan, 0.1),))
+    raises[2] = RuntimeError("the cat sat on the keyboard")
+    with pytest.raises(RuntimeError, match="the cat sat"):
+        cli.main(["run", "trick.py", "--seeds", "4"])
+    crashed = written()[2]
+    assert (crashed.status, crashed.error) == ("crashed", "RuntimeError: the cat sat on the keyboard")
+    assert len(crashed.epochs) == 1 and crashed.result is None
+
+    raises.clear()
+    seeds.clear()
+    status, out, _ = call("run", "trick.py", "--seeds", "4")
+    assert (
+        [seed for _, seed in seeds] == [2, 3] and status == 1 and "3 finished, 1 diverged, 0 crashed; 2 skipped" in out
+    )
+    assert "n = 3" in out
+    seeds.clear()
+    status, out, _ = call("run", "trick.py", "--seeds", "1-2", "--again")
+    assert (
+        [seed for _, seed in seeds] == [1, 2] and status == 0 and "2 finished, 0 diverged, 0 crashed; 0 skipped" in out
+    )
+
+
+def test_crash_shows_its_counts_and_its_traceback(workplace, capsys, loaded, trained):
+    trained[0][1] = ValueError("in the middle of training")
+    with pytest.raises(ValueError, match="in the middle of training"):
+        cli.main(["run", "trick.py", "--seeds", "3"])
+    out = capsys.readouterr().out
+    assert "trick, seed 1: crashed: ValueError: in the middle of training" in out
+    assert "2 of 3 seeds: 1 finished, 0 diverged, 1 crashed" in out
+
+
+def test_interruption_keeps_the_finished_seeds(workplace, call, loaded, trained):
+    trained[0][1] = KeyboardInterrupt()
+    status, out, err = call("run", "trick.py", "--seeds", "3")
+    assert (status, err) == (130, "") and "interrupted: 1 of 3 seeds: 1 finished, 0 diverged, 0 crashed" in out
+    assert list(written()) == [0] and len(list(Path("runs").rglob("*.json"))) == 1
+
+
+def test_interruption_before_training(workplace, call, monkeypatch):
+    def load(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs, "load", load)
+    status, _, err = call("run", "trick.py")
+    assert (status, err.strip()) == (130, "error: interrupted")
+
+
+def test_full_disk(workplace, call, loaded, trained, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    status, out, err = call("run", "trick.py", "--seeds", "2")
+    assert status == 1 and err.count("\n") == 1 and "No space left on device" in err
+    assert "0 of 2 seeds" in out and [path for path in Path("runs").rglob("*") if path.is_file()] == []
+
+
+def test_crash_on_a_full_disk_keeps_its_traceback(workplace, loaded, trained, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    trained[0][0] = RuntimeError("cat")
+    with pytest.raises(RuntimeError, match="cat") as crash:
+        cli.main(["run", "trick.py"])
+    assert "No space left" in crash.value.__notes__[0]
+
+
+def test_damaged_record_is_named_and_not_trained_over(workplace, call, loaded, trained):
+    call("run", "trick.py")
+    [path] = Path("runs").rglob("*.json")
+    path.write_text(path.read_text()[:100])
+    trained[1].clear()
+    status, _, err = call("run", "trick.py")
+    assert status == 2 and err.count("\n") == 1 and path.name in err and trained[1] == []
+    assert call("run", "trick.py", "--again")[0] == 0 and written()[0].status == "finished"
+
+
+def test_record_of_other_source_code_is_pointed_out(workplace, call, loaded, trained):
+    call("run", "trick.py")
+    assert "another source code" not in call("run", "trick.py")[1]
+    Path("trick.py").write_text(TRICK + "\n# changed\n")
+    assert "on record, by another source code; --again repeats it" in call("run", "trick.py")[1]
+
+
+def test_default_data(workplace, call, loaded, trained, monkeypatch):
+    trick = Path("trick.py").read_text()
+    Path("own.py").write_text(f'{trick}\nDATA = "of_the_module"\n')
+    call("run", "trick.py", "own.py")
+    assert loaded == ["cifar10", "of_the_module"]
+    monkeypatch.setenv("FASTCIFAR_DATA", "of_the_environment")
+    call("run", "trick.py", "own.py")
+    assert loaded[2:] == ["of_the_environment"]  # once for both
+    call("run", "own.py", "--data", "asked_for")
+    assert loaded[3:] == ["asked_for"]
+    assert {record.data["source"] for record in records.find(Path("runs")).values()} > {"of_the_module"}
+
+
+def test_quickstart_is_for_digits():
+    [quickstart] = discover.resolve(["quickstart"], discover.default_folder())
+    assert quickstart.data == "digits"
+
+
+def test_published_figures_are_shown_for_what_they_are_of(workplace, call, loaded, trained):
+    Path("named.py").write_text(TRICK.replace("inherited", "named"))
+    assert "published for named: test 90.0 %, 9 s on one V100 (x)" in call("run", "named.py")[1]
+    assert "published for" not in call("run", "named.py", "--data", "digits")[1]
+    assert "published for" not in call("run", "named.py", "--epochs", "3")[1]
+    assert "published for" not in call("run", "named.py", "--limit-train", "70")[1]
+    assert "published for" not in call("run", "trick.py")[1]  # the figures of the recipe that it was made from
+    assert "published for" not in call("run", "named.py", "--set", "batch_size=32")[1]
+
+
+def test_log_is_of_the_published_kind_of_accuracy(workplace, call, loaded, trained):
+    Path("tta.py").write_text(TRICK.replace('"inherited"', '"tta"').replace("source=", "tta=True, source="))
+    call("run", "trick.py", "tta.py")
+    last = {path.parent.name: path.read_text().split("\t")[-1] for path in Path("runs").rglob("*.tsv")}
+    assert last == {"trick": "94.00", "tta": "94.50"}
+
+
+def test_options_change_the_recipe(workplace, call, loaded, trained):
+    options = "--epochs 4 --width 5 --dtype bfloat16 --set batch_size=32 --set optim.peak_lr=1 --seeds 3-3 --out o"
+    assert call("run", "trick.py", *options.split())[0] == 0
+    recipe = written("o")[3].recipe
+    names = ("num_epochs", "model.width", "compute_dtype", "batch_size", "optim.peak_lr")
+    assert [recipe[name] for name in names] == [4, 5, "bfloat16", 32, 1.0]
+
+
+def test_settings_come_before_the_number_of_epochs():
+    """So that a schedule can be made to fit a shorter run."""
+    recipe = change(bag_of_tricks.final, ["optim.schedule.flat_epochs=0.5"], epochs=2, width=None, dtype=None)
+    assert recipe.optim.schedule.knots(recipe.num_epochs) == (0.0, 0.4, 1.5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("frobnicate", "No such command 'frobnicate'"),
+        ("rnu", "Did you mean 'run'"),
+        ("list --colour", "No such option"),
+        ("list extra", "unexpected extra argument"),
+        ("show", "Missing argument 'NAME'"),
+        ("show finale", "there is no experiment 'finale'; nearest: final"),
+        ("show zzz", "nearest: none, see the command list"),
+        ("run", "Missing argument 'NAME...'"),
+        ("run bseline", "nearest: baseline"),
+        ("run trick.py quikstart", "nearest: quickstart"),
+        ("run missing.py", "there is no file missing.py"),
+        ("run empty.py", "empty.py holds no recipes; it needs RECIPE"),
+        ("run wrong.py", "wrong.py holds no recipes; it needs RECIPE"),
+        ("run number.py", "number.py holds no recipes; it needs RECIPE"),
+        ("run impossible.py", "batch_size is -1; give a number from 1"),
+        ("run trick.py --sedes 3", "--seeds"),
+        ("run trick.py --seeds 0", "'0' names no seeds; give a count such as 5"),
+        ("run trick.py --seeds 9-0", "'9-0' names no seeds"),
+        ("run trick.py --seeds -1", "'-1' names no seeds"),
+        ("run trick.py --seeds 1-", "'1-' names no seeds"),
+        ("run trick.py --seeds many", "'many' names no seeds"),
+        ("run trick.py --seeds 4294967296-4294967296", "names no seeds"),
+        ("run trick.py --epochs x", "'x' is not a valid integer"),
+        ("run trick.py --epochs 0", "trick: num_epochs is 0; give a number from 1"),
+        ("run final --epochs 2", "final: schedule knots 0, 0.4, 0 (in epochs) must increase"),
+        ("run baseline --width 0", "width is 0"),
+        ("run trick.py --dtype float8", "'float8' is not one of 'float32'"),
+        ("run trick.py --data tiny.npz --dtype float64", "JAX_ENABLE_X64=1"),
+        ("run trick.py --driver fortran", "'fortran' is not one of 'python', 'scan'"),
+        ("run trick.py --set optim.peek_lr=1", "nearest: optim.peak_lr"),
+        ("run trick.py --set optim.peak_lr=fast", "expected float, got 'fast'"),
+        ("run trick.py --set optim.peak_lr", "write name=value"),
+        ("run trick.py --set optim.peak_lr=-1", "above 0"),
+        ("run trick.py --data tiny.npz --set batch_size=131", "batch_size 131 is larger than the 130 training images"),
+        ("run trick.py --data tiny.npz --limit-train 131", "limit_train is 131"),
+        ("run trick.py --data tiny.npz --limit-train 0", "limit_train is 0"),
+        ("run trick.py --data missing.npz", "missing.npz"),
+        ("run trick.py --data tiny.npz --out trick.py", "is a file"),
+        ("run trick.py --data tiny.npz --out trick.py/runs", "choose another --out"),
+    ],
+)
+def test_bad_names_and_values(workplace, call, arguments, message):
+    (workplace / "empty.py").write_text("")
+    (workplace / "wrong.py").write_text("RECIPE = 3")
+    (workplace / "number.py").write_text("RECIPES = 3")
+    (workplace / "impossible.py").write_text("from fastcifar_jax.recipe import Recipe\nRECIPE = Recipe(batch_size=-1)")
+    status, _, err = call(*arguments.split())
+    assert status == 2
+    assert err.startswith("error: ") and err.count("\n") == 1 and err.endswith("\n")
+    assert message in err
+    assert not (workplace / "runs").exists()
+
+
+def test_every_recipe_is_checked_before_the_first_is_trained(workplace, call, loaded, trained):
+    Path("large.py").write_text(TRICK.replace("batch_size=64", "batch_size=640"))
+    status, _, err = call("run", "trick.py", "large.py")
+    assert status == 2 and "large: batch_size 640" in err and trained[1] == []
+
+
+def test_parse_seeds():
+    assert [list(parse_seeds(text)) for text in ("1", "3", "2-4", "7-7")] == [[0], [0, 1, 2], [2, 3, 4], [7]]
+
+
+def test_list(call):
+    status, out, err = call("list")
+    assert (status, err) == (0, "") and "\x1b" not in out
+    rows = [line.split() for line in out.splitlines() if line.strip()]
+    for recipe in bag_of_tricks.RECIPES:
+        assert any(row[:2] == [recipe.name, str(recipe.num_epochs)] for row in rows)
+    assert ["final", "10", "94.1", "%", "TTA", "26", "s", "V100"] in rows
+    assert ["pool_before_norm", "24", "94.0", "%", "50"] in rows
+    assert ["baseline_e40", "40", "95.18", "%", "TTA", "5", "115.9", "s", "V100"] in rows
+    titles = [row[0] for row in rows if row[0].endswith(":")]
+    assert titles[:-1] == [
+        f"{name}:" for name in "ablation airbench bag_of_tricks convergence crossover quickstart".split()
+    ]
+
+
+def test_show(call):
+    status, out, err = call("show", "final")
+    assert (status, err) == (0, "") and "\x1b" not in out
+    rows = [line.split() for line in out.splitlines()]
+    assert ["optim.peak_lr", "1.0"] in rows and ["optim.schedule.flat_epochs", "2.0"] in rows
+    assert ["num_epochs", "13", "10"] in rows and ["augmentations.2", "Cutout", "None"] in rows
+    assert "6,570,880 trained and 2,969 frozen parameters" in out
+    assert "380,008,448 multiply-accumulates" in out
+    assert "94.1 % with TTA, 26 s on one V100" in out
+    out = call("show", "baseline")[1]
+    assert "6,573,120 trained and 0 frozen" in out and "379,261,952 multiply" in out and "predecessor" not in out
+    assert "none in training" in call("show", "tta_13")[1]
+
+
+def test_show_a_file(workplace, call):
+    status, out, _ = call("show", "trick.py")
+    assert status == 0 and "Linear" in out and "30 multiply-accumulates" in out
+
+
+def test_a_folder_of_experiments(workplace, call, monkeypatch):
+    """Every module with recipes, a broken one left out with a warning, others not imported at all."""
+    folder = workplace / "my_experiments"
+    folder.mkdir()
+    (folder / "one.py").write_text(TRICK)
+    (folder / "broken.py").write_text("RECIPES = oops")
+    (folder / "unrelated.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(workplace)
+    status, out, err = call("list", folder=folder)
+    assert status == 0 and "one: A linear network, which compiles in no time." in out
+    assert err.startswith("warning: ") and err.count("\n") == 1 and "broken.py" in err and "oops" in err
+    assert "Usage: python -m my_experiments [OPTIONS]" in call("--help", folder=folder)[1]
+
+    (folder / "two.py").write_text(
+        TRICK.replace("RECIPE = ", "RECIPES = (").rstrip().replace('"inherited"', '"one"') + ",)"
+    )
+    status, _, err = call("show", "one", folder=folder)
+    assert status == 2 and "'one' is declared more than once" in err
+
+
+def test_no_folder_of_experiments(workplace, call, monkeypatch):
+    monkeypatch.setattr(discover, "default_folder", lambda: None)
+    status, _, err = call("list")
+    assert status == 2 and "give the path of a file with a RECIPE" in err
+    assert call("show", "trick.py")[0] == 0
+
+
+def test_without_arguments_there_is_help(call):
+    status, out, _ = call()
+    assert status == 0 and out.startswith("Usage: python -m fastcifar_jax [OPTIONS] COMMAND")
+
+
+def test_module():
+    run = subprocess.run(
+        [sys.executable, "-m", "experiments", "list"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert "final" in run.stdout and "\x1b" not in run.stdout and run.stderr == ""

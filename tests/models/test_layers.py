@@ -1,0 +1,260 @@
+from dataclasses import replace
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fastcifar_jax.models.activations import Celu, Gelu, Relu, _celu
+from fastcifar_jax.models.layers import Norm
+from fastcifar_jax.models.resnet9 import ResNet9
+from fastcifar_jax.ops.conv import conv
+
+BASELINE = ResNet9()
+FINAL = ResNet9(
+    pool_order="conv_pool_norm_act",
+    activation=Celu(0.3),
+    norm=Norm(num_groups=16, train_scale=False),
+    whiten=True,
+    output_scale=1 / 16,
+)
+SMALL = {"channels": (4, 8, 8, 8)}
+
+
+def images_of(num_images, size=32, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=(num_images, size, size, 3)), jnp.float32)
+
+
+def shapes_of(network, num_classes=10):
+    model = network(num_classes, "float32")
+    return model, jax.eval_shape(model.init, jax.random.key(0), images_of(16))
+
+
+def count(tree):
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def total_macs(macs):
+    return sum(jax.tree.leaves(macs))
+
+
+def test_counts_of_the_baseline():
+    model, variables = shapes_of(BASELINE)
+    assert count(variables["params"]) == 6_573_120
+    assert len(jax.tree.leaves(variables["params"])) == 25
+    assert count(variables["frozen"]) == 0
+    assert total_macs(model.macs(variables, images_of(1))) == 379_261_952
+
+
+def test_counts_of_the_final_network():
+    model, variables = shapes_of(FINAL)
+    assert count(variables["params"]) == 6_570_880
+    assert len(jax.tree.leaves(variables["params"])) == 17
+    assert count(variables["frozen"]) == 2_969
+    assert total_macs(model.macs(variables, images_of(1))) == 380_008_448
+
+
+def test_macs_layer_by_layer():
+    model, variables = shapes_of(BASELINE)
+    macs = model.macs(variables, images_of(1))
+    assert macs["prep"]["conv"]["macs"] == (1_769_472,)
+    assert macs["layer1"]["block"]["conv"]["macs"] == (75_497_472,)
+    assert macs["layer3"]["res2"]["conv"]["macs"] == (37_748_736,)
+
+
+def test_macs_follow_the_image_size():
+    model, variables = shapes_of(BASELINE)
+    assert total_macs(model.macs(variables, images_of(1, 16))) == (379_261_952 - 5120) // 4 + 5120
+
+
+def test_extra_and_residual_layers():
+    """One convolution of equal width with its norm: 9 C^2 weights, 2 C of the norm."""
+    _, more = shapes_of(replace(BASELINE, extra_layers=("layer1", "layer2", "layer3")))
+    assert count(more["params"]) - 6_573_120 == sum(9 * c * c + 2 * c for c in (128, 256, 512))
+    _, backbone = shapes_of(replace(BASELINE, res_layers=()))
+    assert 6_573_120 - count(backbone["params"]) == sum(2 * (9 * c * c + 2 * c) for c in (128, 512))
+
+
+def test_initial_weights_have_pytorchs_distribution(key):
+    """U(-b, b) with b = 1/sqrt(fan_in) (section 1.8)."""
+    params = BASELINE(10).init(key, images_of(1))["params"]
+    cases = [
+        (params["prep"]["conv"]["kernel"], 27),
+        (params["layer1"]["block"]["conv"]["kernel"], 576),
+        (params["layer1"]["res1"]["conv"]["kernel"], 1152),
+        (params["layer3"]["res2"]["conv"]["kernel"], 4608),
+        (params["linear"], 512),
+    ]
+    for kernel, fan_in in cases:
+        bound = fan_in**-0.5
+        assert 0.98 * bound < float(jnp.abs(kernel).max()) <= bound
+        assert float(kernel.std()) == pytest.approx(bound / 3**0.5, rel=0.03)
+
+
+def test_celu_golden():
+    assert float(Celu(0.3)(jnp.float32(-0.3))) == pytest.approx(-0.1896361676, rel=1e-6)
+    assert float(Celu(0.075)(jnp.float32(-0.075))) == pytest.approx(-0.0474090419, rel=1e-6)
+    assert Celu(0.3)(jnp.array([2.0])).tolist() == [2.0]
+
+
+@pytest.mark.parametrize("alpha", [0.075, 0.3, 2.0])
+def test_celu_slopes(alpha):
+    """With respect to both, against JAX's of the definition, in float64 and far out."""
+    celu = lambda x, alpha: jnp.maximum(x, 0) + jnp.minimum(alpha * jnp.expm1(x / alpha), 0)
+    with jax.enable_x64(True):
+        x = jnp.asarray([-1e3, -5.0, -0.3, -1e-3, 1e-3, 0.3, 5.0])
+        for argument in (0, 1):
+            slopes = [jax.vmap(jax.grad(f, argument), (0, None))(x, alpha) for f in (_celu, celu)]
+            np.testing.assert_allclose(*slopes, rtol=1e-9, atol=1e-12)
+
+
+def test_pooling_before_the_activation_is_the_same_function(key):
+    """The activation is monotone, so it commutes with the maximum; the norm's statistics do not.
+
+    A function that does not say so of itself is left where it is, and its pool apart from the norm.
+    """
+    images = images_of(8)
+    plain, late, early = (
+        ResNet9(**SMALL, pool_order=order, activation=activation)(10)
+        for order, activation in (
+            ("conv_norm_act_pool", Celu(0.3).__call__),
+            ("conv_norm_act_pool", Celu(0.3)),
+            ("conv_norm_pool_act", Celu(0.3)),
+        )
+    )
+    variables = late.init(key, images)
+    for train in (True, False):
+        for other in (late, early):
+            chex.assert_trees_all_close(
+                other.apply(variables, images, train), plain.apply(variables, images, train), atol=1e-5
+            )
+    text = lambda model: jax.jit(model.apply, static_argnums=2).lower(variables, images, True).as_text()
+    assert text(late) == text(early) != text(plain)
+    other = ResNet9(**SMALL, pool_order="conv_pool_norm_act", activation=Celu(0.3))(10)
+    assert not np.allclose(other.apply(variables, images, True)[0], late.apply(variables, images, True)[0], atol=1e-3)
+
+
+def prep_statistics(norm, images, key, steps=1):
+    """Running statistics of the first norm after `steps` training passes, and the maps that it normalises."""
+    model = ResNet9(**SMALL, norm=norm)(10)
+    variables = model.init(key, images)
+    for _ in range(steps):
+        variables = {**variables, "batch_stats": model.apply(variables, images, True)[1]}
+    maps = np.asarray(conv(images, variables["params"]["prep"]["conv"]["kernel"]), np.float64)
+    return variables["batch_stats"]["prep"]["norm"], maps
+
+
+@pytest.mark.parametrize("num_groups", [1, 4])
+def test_running_statistics_of_interleaved_groups(key, num_groups):
+    """From init, 0.1 mean and 0.9 + 0.1 unbiased variance of the images n with n % groups == g."""
+    statistics, maps = prep_statistics(Norm(num_groups=num_groups), images_of(8, 8), key)
+    for g in range(num_groups):
+        group = maps[g::num_groups].reshape(-1, maps.shape[-1])
+        np.testing.assert_allclose(statistics["mean"][g], 0.1 * group.mean(0), atol=1e-6)
+        np.testing.assert_allclose(statistics["var"][g], 0.9 + 0.1 * group.var(0, ddof=1), rtol=1e-5)
+
+
+def test_training_normalises_each_group_by_itself(key):
+    """The images of one ghost group do not see those of the others."""
+    model = ResNet9(**SMALL, norm=Norm(num_groups=2))(10)
+    images = images_of(8, 8)
+    variables = model.init(key, images)
+    changed = images.at[1::2].apply(jnp.square)  # a mere factor would be normalised away
+    before, after = (model.apply(variables, x, True)[0] for x in (images, changed))
+    np.testing.assert_array_equal(before[::2], after[::2])
+    assert not np.allclose(before[1::2], after[1::2], atol=1e-3)
+
+
+def test_evaluation_takes_the_mean_over_groups_or_group_0(key):
+    images = images_of(8, 8)
+    merged, faithful = (ResNet9(**SMALL, norm=Norm(num_groups=4, faithful=f))(10) for f in (False, True))
+    variables = merged.init(key, images)
+    statistics = merged.apply(variables, images * jnp.arange(1.0, 9.0)[:, None, None, None], True)[1]
+    by_hand = {
+        "merged": jax.tree.map(lambda s: jnp.broadcast_to(s.mean(0, keepdims=True), s.shape), statistics),
+        "group 0": jax.tree.map(lambda s: jnp.broadcast_to(s[:1], s.shape), statistics),
+    }
+    logits = lambda model, stats: model.apply({**variables, "batch_stats": stats}, images, False)[0]
+    chex.assert_trees_all_close(logits(merged, statistics), logits(faithful, by_hand["merged"]), rtol=1e-5)
+    chex.assert_trees_all_close(logits(faithful, statistics), logits(merged, by_hand["group 0"]), rtol=1e-5)
+    chex.assert_trees_all_close(faithful.enter_evaluation(statistics), by_hand["merged"], rtol=1e-6)
+    chex.assert_trees_all_equal(merged.enter_evaluation(statistics), statistics)
+
+
+def test_merging_at_evaluation_needs_no_writing_back(key):
+    """The mean over groups of the running statistics is the same whether training goes on from merged ones or not."""
+    images = images_of(8, 8)
+    model = ResNet9(**SMALL, norm=Norm(num_groups=4))(10)
+    variables = model.init(key, images)
+    first = model.apply(variables, images * jnp.arange(1.0, 9.0)[:, None, None, None], True)[1]
+    written = jax.tree.map(lambda s: jnp.broadcast_to(s.mean(0, keepdims=True), s.shape), first)
+    after = lambda stats: jax.tree.map(
+        lambda s: s.mean(0), model.apply({**variables, "batch_stats": stats}, images, True)[1]
+    )
+    chex.assert_trees_all_close(after(first), after(written), rtol=1e-5)
+
+
+def test_evaluation_leaves_statistics_and_does_not_mix_images(key):
+    images = images_of(4, 16)
+    model = replace(FINAL, **SMALL, norm=Norm(num_groups=2, train_scale=False))(10)
+    variables = model.init(key, images_of(16, 16, seed=1))
+    together, statistics = model.apply(variables, images, False)
+    alone = jnp.concatenate([model.apply(variables, image[None], False)[0] for image in images])
+    chex.assert_trees_all_close(together, alone, atol=1e-5)
+    assert statistics is variables["batch_stats"]
+
+
+def test_batch_that_ghost_groups_do_not_divide(key):
+    model = ResNet9(**SMALL, norm=Norm(num_groups=4))(10)
+    with pytest.raises(ValueError, match="batch of 6 images is not 4 equal ghost groups"):
+        model.apply(model.init(key, images_of(6, 8)), images_of(6, 8), True)
+
+
+@pytest.mark.parametrize("compute_dtype", ["float32", "mixed", "bfloat16", "float16"])
+def test_weights_stay_float32_whatever_is_computed(key, compute_dtype):
+    model = replace(FINAL, **SMALL)(10, compute_dtype)
+    images = images_of(16, 16)
+    variables = model.init(key, images)
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+    logits, statistics = model.apply(variables, images, True)
+    assert logits.dtype == jnp.float32
+    assert {leaf.dtype for leaf in jax.tree.leaves(statistics)} == {jnp.dtype("float32")}
+    exact = replace(FINAL, **SMALL)(10).apply(variables, images, True)[0]
+    chex.assert_trees_all_close(logits, exact, atol=0.05 * float(jnp.abs(exact).max()))
+
+
+def test_width():
+    assert ResNet9().with_width(16).channels == (16, 32, 64, 128)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ResNet9(channels=(1, 2, 3)), "four numbers"),
+        (lambda: ResNet9(pool_order="pool_first"), "conv_pool_norm_act"),
+        (lambda: ResNet9(res_layers=("layer4",)), "layer4"),
+        (lambda: Norm(num_groups=0), "num_groups 0"),
+        (lambda: Celu(0.0), "alpha 0.0"),
+    ],
+)
+def test_refuses(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_relu():
+    assert Relu()(jnp.array([-1.0, 2.0])).tolist() == [0.0, 2.0]
+
+
+def test_gelu_is_the_exact_form():
+    """Value and slope against JAX's in float64, and near zero and far out in float32."""
+    x = np.linspace(-12, 12, 2001)
+    with jax.enable_x64(True):
+        value, slope = (jax.vmap(f(lambda x: jax.nn.gelu(x, approximate=False)))(x) for f in (lambda g: g, jax.grad))
+        np.testing.assert_allclose(Gelu()(jnp.asarray(x)), value, atol=1e-15)
+        np.testing.assert_allclose(jax.vmap(jax.grad(Gelu()))(jnp.asarray(x)), slope, atol=1e-14)
+    x32 = jnp.asarray(x, jnp.float32)
+    np.testing.assert_allclose(Gelu()(x32), value, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(jax.vmap(jax.grad(Gelu()))(x32), slope, rtol=1e-6, atol=1e-6)
+    assert Gelu()(x32.astype(jnp.bfloat16)).dtype == jnp.bfloat16

@@ -1,0 +1,250 @@
+import dataclasses
+import json
+import math
+import os
+
+import pytest
+
+from experiments.bag_of_tricks import final
+from fastcifar_jax.recipe import flatten
+from fastcifar_jax.runs import records
+from fastcifar_jax.runs.records import RecordError
+from fastcifar_jax.types import EpochInfo
+
+EPOCHS = (
+    EpochInfo(1, 3.5, 1.5, 0.5, 1.25, 0.75, 1.2, 0.76),
+    EpochInfo(2, 4.0, 0.5, 0.75, 0.25, 0.9408, 0.2, 0.945),
+)
+RESULT = {
+    "test_accuracy": 0.9408,
+    "tta_accuracy": 0.945,
+    "train_seconds": 9.0,
+    "setup_seconds": 1.0,
+    "transfer_seconds": 0.5,
+    "compile_seconds": 20.0,
+    "images_per_second": 1000.0,
+}
+RECORD = records.Record(
+    experiment="final",
+    framework="jax",
+    recipe=flatten(final),
+    recipe_repr=repr(final),
+    recipe_hash=final.hash,
+    seed=3,
+    status="finished",
+    error=None,
+    data={"source": "cifar10", "hash": "0123456789abcdef", "train": 50_000, "test": 10_000},
+    device={"kind": "cpu", "platform": "cpu", "count": 1, "cpu": "abacus", "cores": 2},
+    versions={"python": "3.11"},
+    source_hash="ab",
+    conv="lax",
+    driver="python",
+    command=("run", "final"),
+    started="2026-01-01T00:00:00+00:00",
+    epochs=EPOCHS,
+    result=RESULT,
+)
+DIVERGED = dataclasses.replace(
+    RECORD,
+    status="diverged",
+    error="final diverged",
+    result=None,
+    epochs=(EpochInfo(1, 3.5, math.nan, 0.1, math.inf, 0.1, -math.inf, 0.1),),
+)
+
+
+def files(folder):
+    return sorted(path.name for path in folder.rglob("*") if path.is_file())
+
+
+def test_round_trip(tmp_path):
+    path = records.write(RECORD, tmp_path)
+    assert path == tmp_path / "final" / f"{final.hash}-01234567-seed3.json"
+    assert files(tmp_path) == [path.name, path.with_suffix(".tsv").name]
+    read = records.read(path)
+    assert dataclasses.replace(read, recipe=RECORD.recipe) == RECORD
+    assert read.recipe == json.loads(json.dumps(RECORD.recipe))
+    assert path.stat().st_mode & 0o777 == 0o666 & ~current_umask()
+
+
+def current_umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_keys_are_those_of_the_specification(tmp_path):
+    fields = json.loads(records.write(RECORD, tmp_path).read_text())
+    assert list(fields) == [
+        "experiment", "framework", "recipe", "recipe_repr", "recipe_hash", "seed", "status", "error", "data", "device",
+        "versions", "source_hash", "conv", "driver", "command", "started", "epochs", "result", "strategy", "mesh",
+    ]  # fmt: skip
+    assert list(fields["epochs"][0]) == [
+        "epoch", "train_seconds", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "tta_loss",
+        "tta_accuracy",
+    ]  # fmt: skip
+
+
+def test_a_record_from_before_there_were_meshes(tmp_path):
+    path = records.write(RECORD, tmp_path)
+    fields = json.loads(path.read_text())
+    del fields["strategy"], fields["mesh"]
+    path.write_text(json.dumps(fields))
+    assert (records.read(path).strategy, records.read(path).mesh) == ("loop", "1x1")
+
+
+def test_not_finite_numbers_are_null_and_come_back_as_nan(tmp_path):
+    path = records.write(DIVERGED, tmp_path)
+
+    def refuse(name):
+        raise AssertionError(name)
+
+    row = json.loads(path.read_text(), parse_constant=refuse)["epochs"][0]
+    assert [name for name, value in row.items() if value is None] == ["train_loss", "test_loss", "tta_loss"]
+    [read] = records.read(path).epochs
+    assert math.isnan(read.train_loss) and math.isnan(read.tta_loss) and read.train_seconds == 3.5
+
+
+def test_values_that_json_does_not_know_are_text(tmp_path):
+    path = records.write(
+        dataclasses.replace(RECORD, recipe={"dtype": complex, "knots": (1, (2.5, math.inf))}), tmp_path
+    )
+    assert records.read(path).recipe == {"dtype": "<class 'complex'>", "knots": [1, [2.5, None]]}
+
+
+def test_dawnbench_log():
+    seconds = 74.041416
+    result = {**RESULT, "transfer_seconds": 2.0, "setup_seconds": 0.041416}
+    epochs = (EpochInfo(1, 36.0, 1, 0.5, 1, 0.5, 1, 0.6), EpochInfo(2, 36.0, 1, 0.9, 1, 0.9408, 1, 0.945))
+    record = dataclasses.replace(RECORD, epochs=epochs, result=result)
+    lines = "epoch\thours\ttop1Accuracy\n1\t0.01056706\t{}\n2\t0.02056706\t{}"
+    assert seconds == pytest.approx(sum(epoch.train_seconds for epoch in epochs) + 2.041416)
+    assert records.dawnbench_log(record, tta=False) == lines.format("50.00", "94.08")
+    assert records.dawnbench_log(record, tta=True) == lines.format("60.00", "94.50")
+
+
+def test_log_belongs_to_a_finished_run(tmp_path):
+    path = records.write(RECORD, tmp_path, tta=True)
+    assert path.with_suffix(".tsv").read_bytes().endswith(b"94.50")
+    records.write(DIVERGED, tmp_path)
+    assert files(tmp_path) == [path.name]
+
+
+@pytest.mark.parametrize(("broken", "works"), [("replace", 0), ("fsync", 0), ("fsync", 1)])
+def test_failed_write_leaves_what_was_there(tmp_path, monkeypatch, broken, works):
+    path = records.write(DIVERGED, tmp_path)
+    before = path.read_bytes()
+    calls = []
+
+    def full(*args):
+        calls.append(args)
+        if len(calls) > works:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, broken, full)
+    with pytest.raises(RecordError, match=r"cannot write .*seed3.json: No space left on device; make room"):
+        records.write(RECORD, tmp_path)
+    assert files(tmp_path) == [path.name] and path.read_bytes() == before
+
+
+def test_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        records.write(RECORD, tmp_path)
+    assert files(tmp_path) == []
+
+
+def test_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "runs"):
+        with pytest.raises(RecordError, match="choose another --out"):
+            records.make_folder(out)
+        with pytest.raises(RecordError, match="choose another --out"):
+            records.write(RECORD, out)
+
+
+def test_names_cannot_leave_the_folder(tmp_path):
+    for name in ("../../up", "..", "/root", "a b"):
+        path = records.path_of(tmp_path, "jax", name, "1", "2", 0)
+        assert path.parent.parent == tmp_path and path.parent.name not in ("", ".", "..")
+
+
+def text_of(**changes):
+    fields = json.loads(json.dumps(dataclasses.asdict(RECORD)))
+    fields["epochs"] = [epoch._asdict() for epoch in EPOCHS]
+    return json.dumps({**fields, **changes})
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("", "Expecting value"),
+        (text_of()[:-30], "Expecting|Unterminated|delimiter"),
+        ("[]", "expected an object, got list"),
+        ("3", "expected an object, got int"),
+        ("{}", "it lacks command, conv"),
+        ("[" * 100_000, "recursion"),
+        (text_of().replace("0.9408", "NaN"), "NaN is not JSON"),
+        (text_of(status="done"), "status is 'done'; expected one of finished, diverged, crashed"),
+        (text_of(seed="3"), "seed is '3'"),
+        (text_of(seed=True), "seed is True"),
+        (text_of(recipe=[]), r"recipe is \[\]"),
+        (text_of(data={"source": "x"}), "data lacks hash, test, train"),
+        (text_of(result=None), "status is finished and result is None"),
+        (text_of(status="crashed"), "status is crashed and result is"),
+        (text_of(result={"test_accuracy": 1}), "result is .*expected test_accuracy, tta_accuracy"),
+        (text_of(result={**RESULT, "test_accuracy": "94"}), "test_accuracy in result is '94'; expected a number"),
+        (text_of(epochs=[{}]), "a row of epochs is {}"),
+        (text_of(epochs=None), "epochs and command must be lists"),
+        (text_of(epochs=[3]), "a row of epochs is 3"),
+    ],
+)
+def test_damaged_or_foreign_file(tmp_path, text, fault):
+    path = tmp_path / "x" / "record.json"
+    path.parent.mkdir()
+    path.write_text(text)
+    with pytest.raises(RecordError, match=f"record.json is no record of a run: .*({fault})"):
+        records.read(path)
+    with pytest.raises(RecordError, match=r"record\.json"):
+        records.find(tmp_path)
+
+
+def test_unreadable_files(tmp_path):
+    (tmp_path / "a.json").write_bytes(b"\xff\xfe\x00")
+    for name, fault in (("a.json", "decode"), ("missing.json", "No such file"), ("", "directory")):
+        with pytest.raises(RecordError, match=fault):
+            records.read(tmp_path / name)
+
+
+def test_unknown_keys_are_ignored(tmp_path):
+    path = tmp_path / "record.json"
+    path.write_text(text_of(later=1))
+    assert records.read(path).seed == 3
+
+
+def test_find(tmp_path):
+    assert records.find(tmp_path / "none") == {}
+    paths = [records.write(dataclasses.replace(RECORD, seed=seed), tmp_path) for seed in range(2)]
+    paths.append(records.write(dataclasses.replace(DIVERGED, seed=2), tmp_path))
+    records.write(dataclasses.replace(RECORD, experiment="other"), tmp_path)
+    assert list(records.find(tmp_path, experiment="final")) == paths
+    assert [record.seed for record in records.find(tmp_path, experiment="final", status="finished").values()] == [0, 1]
+    assert len(records.find(tmp_path)) == 4
+
+
+def test_source_hash_depends_on_the_experiment(tmp_path):
+    path = tmp_path / "trick.py"
+    path.write_text("1")
+    first = records.source_hash(path)
+    assert first == records.source_hash(path) and len(first) == 64
+    path.write_text("2")
+    assert records.source_hash(path) != first
+
+
+def test_device_and_versions_are_named():
+    device, versions = records.device(), records.versions()
+    assert set(device) == {"kind", "platform", "count", "cpu", "cores"} and all(device.values())
+    assert set(versions) == {"python", "jax", "jaxlib", "flax", "optax", "numpy", "fastcifar_jax"}

@@ -1,0 +1,363 @@
+"""Saved models: what is loaded predicts what was trained, and the commands that use it."""
+
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+import fastcifar_jax
+from fastcifar_jax.analysis.calibration import calibration_error, measure
+from fastcifar_jax.averaging import Ema
+from fastcifar_jax.cli import app as cli
+from fastcifar_jax.data import load as data
+from fastcifar_jax.evaluate import NoTTA, SixViewTTA
+from fastcifar_jax.losses import CrossEntropy
+from fastcifar_jax.models.airnet import AirNet
+from fastcifar_jax.recipe import Recipe
+from fastcifar_jax.runs import experiments as discover
+from fastcifar_jax.runs import records
+from fastcifar_jax.runs import saved_model as saved
+from fastcifar_jax.runs.saved_model import SavedModelError
+from fastcifar_jax.train import evaluated, make_functions, make_train, with_values
+from fastcifar_jax.tunable import tunable
+from fastcifar_jax.types import Dataset
+from tests.helpers_cli import TRICK, train_and_test
+
+RESNET9 = """
+from dataclasses import replace
+from experiments.bag_of_tricks import final
+
+norm = replace(final.model.norm, num_groups=2)
+optim = replace(final.optim, peak_lr=0.1, schedule=replace(final.optim.schedule, flat_epochs=0.5))
+model = replace(final.model, norm=norm, res_layers=("layer3",)).with_width(2)
+RECIPE = replace(final, num_epochs=2, batch_size=64, model=model, optim=optim, compute_dtype="mixed")
+"""
+SMOOTHING = 0.2  # in its loss
+
+
+def write_npz(path, dataset):
+    np.savez(path, **dict(zip(("x_train", "y_train", "x_test", "y_test"), dataset, strict=True)))
+    return str(path)
+
+
+class Run(NamedTuple):
+    path: Path  # of the model
+    record: records.Record
+    source: str
+    dataset: Dataset
+    info: data.DataInfo
+    model: saved.SavedModel
+    logits: tuple[np.ndarray, np.ndarray]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A real run with --save, and what its model gives; the test set is a whole chunk and a part of one."""
+    folder = tmp_path_factory.mktemp("resnet9")
+    (folder / "resnet9.py").write_text(RESNET9)
+    source = write_npz(folder / "tiny.npz", train_and_test(130, 520))
+    arguments = ["run", str(folder / "resnet9.py"), "--save", "--data", source, "--out", str(folder / "runs")]
+    with pytest.raises(SystemExit) as end:
+        cli.main(arguments)
+    assert end.value.code == 0
+    [(path, record)] = records.find(folder / "runs").items()
+    path = path.with_suffix(".safetensors")
+    model = fastcifar_jax.load(path)
+    dataset, info = data.load(source)
+    return Run(path, record, source, dataset, info, model, model.logits(dataset.test_images))
+
+
+def test_equals_the_record(run):
+    labels, model, record = run.dataset.test_labels, run.model, run.record
+    for name, found in zip(("test", "tta"), run.logits, strict=True):
+        assert (found.argmax(-1) == labels).sum() / len(labels) == record.result[f"{name}_accuracy"]
+        assert getattr(model, f"{name}_accuracy") == record.result[f"{name}_accuracy"]
+        loss = CrossEntropy(SMOOTHING)(jnp.asarray(found), jnp.asarray(labels)).mean()
+        np.testing.assert_allclose(loss, getattr(record.epochs[-1], f"{name}_loss"), rtol=1e-6)
+    assert (run.logits[0] != run.logits[1]).any()
+
+    assert (model.experiment, model.seed, model.recipe_hash) == (record.experiment, 0, record.recipe_hash)
+    assert model.recipe_repr == record.recipe_repr and model.classes == run.info.classes
+    assert (model.data_source, model.data_hash) == (run.source, record.data["hash"])
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(model.variables))
+
+
+def test_predicts_with_its_augmentation(run):
+    probabilities = run.model.predict(run.dataset.test_images[:2])
+    # A chunk of another size may round otherwise, here to bfloat16.
+    np.testing.assert_allclose(probabilities, jax.nn.softmax(run.logits[1][:2]), atol=1e-2)
+
+
+def test_written_again_it_is_the_same_file(run, tmp_path):
+    saved.write(run.model, tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == run.path.read_bytes()
+    assert [path.name for path in tmp_path.iterdir()] == ["again.safetensors"]
+
+
+@pytest.mark.parametrize("compute_dtype", ["float32", "float16"])
+def test_airnet_equals_training(compute_dtype, tmp_path):
+    """Random weights, by the program that evaluates in training and from a file."""
+    recipe = Recipe(model=AirNet(channels=(2, 4, 4)), tta=NoTTA(), compute_dtype=compute_dtype)
+    dataset = train_and_test(512)
+    evaluation = with_values(recipe, 10, 512)
+    functions = make_functions(recipe, 10, 512)
+    state = jax.eval_shape(functions.init, jax.random.key(0), dataset)._replace(opt_state=())
+    rng = np.random.default_rng(0)
+    state = jax.tree.map(lambda x: jnp.asarray(rng.uniform(0.1, 0.2, x.shape), x.dtype), state)  # no float16 overflows
+    sums = jax.jit(evaluation("evaluate"))(tunable(recipe), state, dataset)
+
+    info = data.DataInfo("random", "f00d", tuple("abcdefghij"), 512, 20)
+    saved.write(saved.of_run(recipe, info, dataset, 0, evaluated(state), (0.5, 0.5)), tmp_path / "a.safetensors")
+    logits, _ = fastcifar_jax.load(tmp_path / "a.safetensors").logits(dataset.test_images)
+    assert (logits.argmax(-1) == dataset.test_labels).sum() == sums.test_correct
+    loss = recipe.loss(jnp.asarray(logits), jnp.asarray(dataset.test_labels)).sum()
+    np.testing.assert_allclose(loss, sums.test_loss, rtol=1e-6)
+
+
+# A user's own network, which compiles in no time.
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """Programs that the tests of this module share."""
+    return {}
+
+
+@pytest.fixture
+def trick(workplace, compiled):
+    """`(recipe, data, info, state)` of a linear network with six views, whose weights are averaged."""
+    [experiment] = discover.resolve(("trick.py",), None)
+    recipe = replace(experiment.recipe, tta=SixViewTTA(), average=Ema(0.9, 1), compute_dtype="float32")
+    dataset, info = data.load("tiny.npz")
+    return recipe, dataset, info, make_train(recipe, 10, None, compiled)(jax.random.key(0), dataset).state
+
+
+def model_of(trick, **changes):
+    recipe, dataset, info, state = trick
+    return replace(saved.of_run(recipe, info, dataset, 3, evaluated(state), (0.25, 0.5)), **changes)
+
+
+def test_round_trip_is_bitwise_and_of_the_averaged_weights(trick):
+    recipe, dataset, _, state = trick
+    saved.write(model_of(trick), Path("deep/folder/a.safetensors"))
+    model = saved.load("deep/folder/a.safetensors", recipe=recipe)
+    chex.assert_trees_all_equal(model.variables, evaluated(state))
+    chex.assert_trees_all_equal(model.variables["params"], state.average["params"])
+    assert (model.variables["params"]["w"] != state.params["w"]).any()
+    assert (model.seed, model.test_accuracy, model.tta_accuracy) == (3, 0.25, 0.5)
+    assert model.network is recipe.model and model.tta == recipe.tta
+    mean, std = (np.array(x, np.float32) for x in (recipe.mean, recipe.std))
+    expected = ((dataset.test_images - mean) / std).mean((1, 2)) @ np.asarray(state.average["params"]["w"])
+    np.testing.assert_allclose(model.logits(dataset.test_images)[0], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_images", [0, 1, 3, 501])
+def test_predicts_any_number_of_images(trick, num_images):
+    images = np.random.default_rng(1).integers(0, 256, (num_images, 32, 32, 3), np.uint8)
+    model = model_of(trick)
+    found = model.predict(jnp.asarray(images))
+    assert found.dtype == np.float32 and found.shape == (num_images, 10)
+    if num_images:
+        np.testing.assert_allclose(found, jax.nn.softmax(model.logits(images)[1]), rtol=1e-5)
+
+
+def test_own_network_comes_from_the_caller(trick, call):
+    recipe = trick[0]
+    saved.write(model_of(trick), Path("a.safetensors"))
+    with pytest.raises(SavedModelError, match=r"a\.safetensors: its network is Linear\(width=3\).*recipe=my_recipe"):
+        fastcifar_jax.load("a.safetensors")
+    with pytest.raises(SavedModelError, match=r"is Linear\(width=3\); the given recipe's is Linear\(width=4\)"):
+        fastcifar_jax.load("a.safetensors", recipe=replace(recipe, model=recipe.model.with_width(4)))
+    status, _, err = call("evaluate", "a.safetensors", "--data", "tiny.npz")
+    assert status == 2 and err.endswith("or --recipe on the command line\n") and err.count("\n") == 1
+    status, out, _ = call("evaluate", "a.safetensors", "--data", "tiny.npz", "--recipe", "trick.py")
+    assert status == 0 and "20 images" in out
+    status, _, err = call("predict", "a.safetensors", "a.png", "--recipe", "final*")
+    assert status == 2 and "declares" in err and "give one" in err
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        np.zeros((2, 32, 32, 3)),
+        np.zeros((32, 32, 3), np.uint8),
+        np.zeros((2, 3, 32, 32), np.uint8),
+        [[0]],
+    ],
+)
+def test_other_images_are_refused(trick, images):
+    model = model_of(trick)
+    for method in (model.predict, model.logits):
+        with pytest.raises(ValueError, match=r"expected uint8 \(n, 32, 32, 3\)"):
+            method(images)
+
+
+def test_no_logits_of_no_images(trick):
+    with pytest.raises(ValueError, match="give one at least"):
+        model_of(trick).logits(np.zeros((0, 32, 32, 3), np.uint8))
+
+
+def test_logits_must_be_finite(trick):
+    variables = {"params": {"w": jnp.full((3, 10), 3e38)}, "frozen": {}, "batch_stats": {}}
+    model = model_of(trick, variables=variables)
+    for method in (model.predict, model.logits):
+        with pytest.raises(SavedModelError, match="not finite"):
+            method(np.full((1, 32, 32, 3), 255, np.uint8))
+
+
+def test_data_of_more_classes_are_refused_and_of_other_names_pointed_out(trick, call):
+    saved.write(model_of(trick, classes=tuple("abcdefghij")), Path("a.safetensors"))
+    arguments = ("evaluate", "a.safetensors", "--recipe", "trick.py", "--data")
+    assert "names its classes otherwise" in call(*arguments, "tiny.npz")[1]
+    dataset = train_and_test()
+    dataset.test_labels[0] = 10
+    status, _, err = call(*arguments, write_npz("more.npz", dataset))
+    assert status == 2 and "has 11 classes, the model 10" in err
+
+
+def test_many_classes_show_their_commonest_confusions(trick, call):
+    recipe, dataset, info, _ = trick
+    variables = {"params": {"w": jnp.zeros((3, 30))}, "frozen": {}, "batch_stats": {}}
+    info = replace(info, classes=tuple(f"class{i}" for i in range(30)))
+    saved.write(saved.of_run(recipe, info, dataset, 0, variables, (0.0, 0.0)), Path("a.safetensors"))
+    out = call("evaluate", "a.safetensors", "--recipe", "trick.py", "--data", "tiny.npz")[1]
+    counts = np.bincount(dataset.test_labels)  # all are taken for class 0
+    rows = [line.split() for line in out.splitlines()]
+    assert all([f"class{i}", "class0", str(n)] in rows for i, n in enumerate(counts) if i and n)
+
+
+def test_evaluate_command(trick, call):
+    recipe, dataset, info, _ = trick
+    model = model_of(trick)
+    saved.write(model, Path("a.safetensors"))
+    arguments = "evaluate a.safetensors --recipe trick.py --data tiny.npz --json answer.json".split()
+    status, out, err = call(*arguments)
+    assert (status, err) == (0, "") and "test 25.00 %, TTA 50.00 % (tiny.npz; the same test images)" in out
+    answer = json.loads(Path("answer.json").read_text())
+    plain, views = model.logits(dataset.test_images)
+    for name, logits in (("plain", plain), ("tta", views)):
+        assert answer[name] == measure(logits, dataset.test_labels)
+        for number in ("loss", "calibration error"):
+            assert f"{answer[name][number]:.4f}" in out
+    for true, predicted in itertools.product(range(10), repeat=2):
+        expected = ((dataset.test_labels == true) & (views.argmax(-1) == predicted)).sum()
+        assert answer["confusion"][true][predicted] == expected
+    assert answer["test_images_on_record"] and answer["recipe_hash"] == recipe.hash
+    assert answer["data_hash"] == info.hash and answer["recorded"] == {"test_accuracy": 0.25, "tta_accuracy": 0.5}
+
+    status, out, _ = call(*arguments, "--limit-test", "10")
+    assert status == 0 and "other test images" in out and "10 images" in out
+    assert json.loads(Path("answer.json").read_text())["test_images"] == 10
+    status, _, err = call(*arguments, "--limit-test", "21")
+    assert status == 2 and "limit_test is 21; tiny.npz has 20 test images" in err
+
+
+def test_predict_command(trick, call):
+    images = trick[1].test_images[:2]
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(f"{i}.png")
+    saved.write(model_of(trick), Path("a.safetensors"))
+    status, out, err = call("predict", "a.safetensors", "0.png", "1.png", "--recipe", "trick.py", "--json", "a.json")
+    assert (status, err) == (0, "")
+    answer, expected = json.loads(Path("a.json").read_text()), model_of(trick).predict(images)
+    np.testing.assert_array_equal(np.array(answer["probabilities"], np.float32), expected)
+    assert answer["images"] == ["0.png", "1.png"] and answer["classes"] == list("0123456789")
+    for row in expected:
+        assert all(f"{i} {100 * row[i]:.2f} %" in out for i in np.argsort(-row)[:3])
+
+
+# run --save
+
+
+def test_save_makes_a_model_with_every_finished_record(workplace, call):
+    arguments = ("run", "trick.py", "--data", "tiny.npz", "--dtype", "float32", "--seeds", "2")
+    assert call(*arguments)[0] == 0 and not list(Path("runs").rglob("*.safetensors"))
+    status, out, _ = call(*arguments, "--save")
+    assert status == 0 and "0 skipped" in out  # a record without its model is not enough
+    models = sorted(Path("runs").rglob("*.safetensors"))
+    assert [path.with_suffix(".json").exists() for path in models] == [True, True]
+    assert "2 skipped" in call(*arguments, "--save")[1]
+    models[1].unlink()
+    assert "1 skipped" in call(*arguments, "--save")[1] and models[1].exists()
+
+
+def test_diverged_run_leaves_no_model(workplace, call):
+    arguments = ("run", "trick.py", "--data", "tiny.npz", "--save", "--set", "optim.peak_lr=1e38")
+    assert call(*arguments)[0] == 1 and "1 skipped" in call(*arguments)[1]
+    assert len(list(Path("runs").rglob("*.json"))) == 1 and not list(Path("runs").rglob("*.safetensors"))
+
+
+def test_full_disk_leaves_neither_record_nor_model(workplace, call, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    status, out, err = call("run", "trick.py", "--data", "tiny.npz", "--save")
+    assert status == 1 and err.count("\n") == 1 and "No space left" in err and ".safetensors" in err
+    assert "0 of 1 seeds" in out and not [path for path in Path("runs").rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (('"frozen": {}', '"frozen": {"n": jnp.zeros(1, jnp.int32)}'), "keeps 'frozen/n' in int32"),
+        (('"frozen": {}', '"frozen": {"a": {"b": jnp.zeros(1)}, "a/b": jnp.zeros(1)}'), "two arrays"),
+        (("width: int = 3", 'width: int = 3\n    tint: str = "x"\n    __repr__ = lambda self: "a\\nb"'), "recipe_repr"),
+    ],
+)
+def test_what_cannot_be_saved_is_not_trained(workplace, call, change, message):
+    assert TRICK.count(change[0]) == 1
+    Path("other.py").write_text(TRICK.replace(*change))
+    status, _, err = call("run", "other.py", "--data", "tiny.npz", "--save")
+    assert status == 2 and message in err and "leave out --save" in err and not Path("runs").exists()
+
+
+def test_save_is_for_one_seed_after_another(workplace, call):
+    status, _, err = call("run", "trick.py", "--data", "tiny.npz", "--save", "--strategy", "vmap")
+    assert status == 2 and "--save is for one seed after another" in err
+
+
+# Measures.
+
+
+def test_measures_by_hand():
+    logits = np.log([[0.7, 0.2, 0.1], [0.1, 0.6, 0.3], [0.3, 0.3, 0.4]]) + 5
+    found = measure(logits, np.array([0, 2, 2]))
+    assert found["accuracy"] == pytest.approx(2 / 3)
+    assert found["loss"] == pytest.approx(-(math.log(0.7) + math.log(0.3) + math.log(0.4)) / 3)
+    assert found["calibration error"] == pytest.approx((0.3 + 0.6 + 0.6) / 3)  # each in a bin of its own
+
+
+@pytest.mark.parametrize("bins", [1, 4, 15])
+def test_calibration_error_against_a_loop(bins):
+    rng = np.random.default_rng(0)
+    confidence = np.concatenate([rng.uniform(size=200), np.arange(bins + 1) / bins])  # the edges too
+    correct = rng.uniform(size=len(confidence)) < 0.6
+    expected = 0.0
+    for m in range(1, bins + 1):
+        # At 0 exactly, which no softmax gives, the first bin is closed.
+        inside = (confidence > (m - 1) / bins) & (confidence <= m / bins) | ((m == 1) & (confidence == 0))
+        if inside.any():
+            expected += inside.sum() / len(confidence) * abs(correct[inside].mean() - confidence[inside].mean())
+    assert calibration_error(confidence, correct, bins) == pytest.approx(expected)
+
+
+def test_perfect_calibration_is_zero():
+    assert calibration_error(np.full(4, 0.75), np.array([True, True, True, False])) == 0
+
+
+def test_importing_the_package_does_not_import_jax():
+    code = "import sys, fastcifar_jax; assert callable(fastcifar_jax.load); assert 'jax' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,150 @@
+"""`run` with --strategy, --mesh and --distributed, and sweeps, from the command line."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastcifar_jax.cli.options import variants
+from fastcifar_jax.runs import records, together
+
+ROOT = Path(__file__).parents[2]
+RUN = ("run", "trick.py", "--data", "tiny.npz")
+
+
+def written(folder):
+    return {record.seed: record for record in records.find(Path(folder)).values()}
+
+
+def without_times(record):
+    return [epoch._replace(train_seconds=0.0) for epoch in record.epochs]
+
+
+@pytest.fixture
+def alone(workplace, call):
+    """Seeds 0, 1 and 2, one after another."""
+    assert call(*RUN, "--seeds", "3", "--out", "alone")[0] == 0
+    return written("alone")
+
+
+@pytest.mark.parametrize("strategy", ["map", "vmap"])
+def test_strategies(alone, call, strategy):
+    status, out, err = call(*RUN, "--seeds", "3", "--strategy", strategy)
+    assert (status, err) == (0, "")
+    assert f"trick, seeds 0, 1, 2: {strategy} on 1x1 devices" in out and "trick: n = 3; mean test" in out
+    found = written("runs")
+    assert {(record.strategy, record.mesh) for record in found.values()} == {(strategy, "1x1")}
+    for seed, record in found.items():
+        assert record.recipe_hash == alone[seed].recipe_hash and record.status == "finished"
+        for a, b in zip(record.epochs, alone[seed].epochs, strict=True):
+            assert a[2:] == pytest.approx(b[2:], rel=1e-4)
+    status, out, _ = call(*RUN, "--seeds", "4", "--mesh", "1")
+    assert status == 0 and "3 skipped" in out and "trick, seeds 3: loop on 1x1 devices" in out
+    assert "on record, by another strategy; --again" in out
+
+
+def test_one_seed_after_another_over_a_mesh_is_bitwise_the_same(alone, call):
+    assert call(*RUN, "--seeds", "3", "--mesh", "1x1")[0] == 0
+    found = written("runs")
+    assert {seed: without_times(found[seed]) for seed in found} == {s: without_times(alone[s]) for s in alone}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--mesh", "two"), "'two' is no mesh"),
+        (("--mesh", "2x2x2"), "'2x2x2' is no mesh"),
+        (("--mesh", "64"), "a mesh of seed 64 x batch 1 does not fit"),
+        (("--mesh", "0"), "a mesh of seed 0 x batch 1 does not fit"),
+    ],
+)
+def test_refused(workplace, call, arguments, message):
+    status, _, err = call(*RUN, *arguments)
+    assert status == 2 and message in err and err.count("\n") == 1 and not Path("runs").exists()
+
+
+def test_a_crash_is_on_record_and_a_refusal_is_not(workplace, call, loaded, monkeypatch):
+    def fake(error):
+        def train(seeds, dataset, on_seed, on_epoch):
+            raise error
+
+        monkeypatch.setattr(together, "make_train_seeds", lambda *args, **kwargs: train)
+
+    fake(ValueError("no such split"))
+    status, _, err = call(*RUN, "--seeds", "2", "--strategy", "map")
+    assert status == 2 and err == "error: trick: no such split\n" and written("runs") == {}
+    fake(RuntimeError("the cat sat"))
+    with pytest.raises(RuntimeError, match="the cat sat"):
+        call(*RUN, "--seeds", "2", "--strategy", "map")
+    assert [(r.seed, r.status, r.error) for r in written("runs").values()] == [
+        (0, "crashed", "RuntimeError: the cat sat")
+    ]
+
+
+def test_two_processes(alone, workplace):
+    """Process 0 knows that seed 1 is on record, writes the others, and is the only one that prints."""
+    for path in Path("alone").glob("*/*-seed1.*"):
+        target = Path("first") / path.relative_to("alone")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(path.read_bytes())
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2"}
+    environment["PYTHONPATH"] = str(ROOT)
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-m", "fastcifar_jax", *RUN, "--seeds", "3", "--distributed", "--out", out],
+            env={**environment, "JAX_PROCESS_ID": str(i)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i, out in enumerate(("first", "second"))
+    ]
+    (out, err), (silence, other_err) = [child.communicate(timeout=240) for child in children]
+    assert [child.returncode for child in children] == [0, 0], err + other_err
+    assert "trick, seeds 0, 2: loop on 2x1 devices" in out and "3 of 3 seeds: 3 finished" in out
+    assert [line for line in silence.splitlines() if not line.startswith("[Gloo]")] == []
+    found = written("first")
+    assert {seed: without_times(found[seed]) for seed in found} == {s: without_times(alone[s]) for s in alone}
+    assert [found[seed].mesh for seed in range(3)] == ["2x1", "1x1", "2x1"]
+    assert not Path("second").exists()
+
+
+def test_distributed_without_others(workplace):
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
+    command = [sys.executable, "-m", "fastcifar_jax", *RUN, "--distributed"]
+    done = subprocess.run(
+        command, env={**environment, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2 and "set JAX_COORDINATOR_ADDRESS=host:port" in done.stderr and not Path("runs").exists()
+
+
+def test_variants():
+    assert variants(()) == [()]
+    assert variants(("a=1,2", "b=3")) == [("a=1", "b=3"), ("a=2", "b=3")]
+
+
+def test_a_sweep_is_an_arm_for_each_value(workplace, call):
+    sweep = ("--sweep", "optim.peak_lr=0.1,0.2", "--sweep", "optim.momentum=0.5")
+    status, out, err = call(*RUN, *sweep, "--seeds", "2")
+    assert (status, err) == (0, "") and "4 of 4 seeds: 4 finished" in out
+    assert "trick optim.peak_lr=0.2 optim.momentum=0.5: n = 2" in out
+    found = list(records.find(Path("runs")).values())
+    assert {record.recipe["optim.peak_lr"] for record in found} == {0.1, 0.2}
+    assert sorted(record.result["compile_seconds"] > 0 for record in found) == [False, False, False, True]
+    status, out, err = call("compare", "trick.py", *sweep)
+    assert (status, err) == (
+        0,
+        "",
+    ) and "trick optim.peak_lr=0.2 optim.momentum=0.5 against trick optim.peak_lr=0.1" in out
+
+
+@pytest.mark.parametrize("sweep", ["optim.peak_lr", "optim.peak_lr=0.1,,0.2", "optim.peak_lr=0.1,x"])
+def test_a_sweep_of_nothing(workplace, call, loaded, trained, sweep):
+    status, _, err = call(*RUN, "--sweep", sweep)
+    assert status == 2 and "optim.peak_lr" in err and trained[1] == []
