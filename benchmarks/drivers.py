@@ -36,7 +36,7 @@ from fastcifar_jax.tunable import tunable  # noqa: E402
 @click.option("--dtype", default="mixed", show_default=True)
 @click.option("--rounds", type=click.IntRange(5), default=6, show_default=True)
 def main(data, limit_train, width, dtype, rounds):
-    conv.tune_process()
+    conv.configure_cpu()
     recipe = change(final, (), None, width, dtype)
     dataset, info = load(data, limit_train=limit_train)
     dataset = jax.device_put(dataset)
@@ -67,7 +67,8 @@ def main(data, limit_train, width, dtype, rounds):
         print(f"{driver}: {images / statistics.median(times):,.0f} images/s")
     ratios = [a / b for a, b in zip(seconds["python"], seconds["scan"], strict=True)]
     print(
-        f"scan / python: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}), conv {conv.way()[0]}"
+        f"scan / python: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}), "
+        f"conv {conv.conv_backend()[0]}"
     )
 
 

@@ -57,7 +57,7 @@ from fastcifar_jax.tunable import tunable  # noqa: E402
 @click.option("--driver", type=click.Choice(("python", "scan")), help="Default by platform.")
 @click.option("--rounds", type=click.IntRange(5), default=6, show_default=True)
 def main(data, limit_train, width, dtype, count, driver, rounds):
-    conv.tune_process()
+    conv.configure_cpu()
     driver = driver or conv.default_driver()
     recipe = change(final, (), None, width, dtype)
     dataset, info = load(data, limit_train=limit_train)
@@ -105,7 +105,7 @@ def main(data, limit_train, width, dtype, count, driver, rounds):
             if i:  # the first round warms up
                 seconds[strategy].append(time.perf_counter() - start)
     images = count * steps * recipe.batch_size
-    print(f"width {width}, {count} seeds, {driver}, {dtype}, conv {conv.way()[0]}, n = {rounds}")
+    print(f"width {width}, {count} seeds, {driver}, {dtype}, conv {conv.conv_backend()[0]}, n = {rounds}")
     for strategy, times in seconds.items():
         ratios = [a / b for a, b in zip(times, seconds["loop"], strict=True)]
         print(

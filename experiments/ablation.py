@@ -23,7 +23,7 @@ def _with_model(recipe: Recipe, **changes) -> Recipe:
 
 
 def _choices(recipe, like):
-    return replace(recipe, choices=like.choices)
+    return replace(recipe, sampling=like.sampling)
 
 
 def _pool_order(recipe, like):
@@ -92,4 +92,4 @@ RECIPES = (
     *(_named(change(final, baseline), f"final_without_{name}") for name, change in TRICKS.items()),
     *(_named(change(baseline, final), f"baseline_with_{name}") for name, change in TRICKS.items()),
 )
-BASES = {recipe.name: final if recipe.name.startswith("final") else baseline for recipe in RECIPES}
+PARENTS = {recipe.name: final if recipe.name.startswith("final") else baseline for recipe in RECIPES}

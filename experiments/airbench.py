@@ -8,13 +8,13 @@ KellerJordan/cifar10-airbench and arXiv 2404.00498 state.
 
 from dataclasses import replace
 
-from fastcifar_jax.augment import AlternatingFlip, Crop, Cutout, PerExample
+from fastcifar_jax.augment import AlternatingFlip, Crop, Cutout, IndependentSampling
 from fastcifar_jax.averaging import Lookahead
 from fastcifar_jax.evaluate import SixViewTTA
 from fastcifar_jax.losses import CrossEntropy
 from fastcifar_jax.models.airnet import AirNet
 from fastcifar_jax.muon import Muon
-from fastcifar_jax.optim import Kilostep
+from fastcifar_jax.optim import AirbenchSGD
 from fastcifar_jax.recipe import Published, Recipe
 from fastcifar_jax.schedules import Triangle
 
@@ -27,10 +27,10 @@ airbench94 = Recipe(
     mean=(125.307, 122.961, 113.8575),  # 0.4914, 0.4822, 0.4465 of 255
     std=(62.985, 62.0925, 66.708),  # 0.2470, 0.2435, 0.2616
     augmentations=(Crop(2), AlternatingFlip()),
-    choices=PerExample(),
+    sampling=IndependentSampling(),
     model=AirNet(),
     loss=CrossEntropy(label_smoothing=0.2),
-    optim=Kilostep(),
+    optim=AirbenchSGD(),
     average=Lookahead(),
     tta=SixViewTTA(),
     init_images=5000,
@@ -58,7 +58,7 @@ airbench95 = replace(
     name="airbench95",
     num_epochs=15,
     model=AirNet(channels=(128, 384, 384)),
-    optim=Kilostep(lr=10.0),
+    optim=AirbenchSGD(lr=10.0),
     published=Published(0.9501, 10.4, 200, True, f"{SOURCE}, airbench95", "A100", 1.39),
 )
 # The source says of the schedule that it warms up for a tenth of the run; that it starts from a fifth of the peak, as
@@ -69,9 +69,9 @@ airbench96 = replace(
     num_epochs=37,
     augmentations=(Crop(4), AlternatingFlip(), Cutout(12)),
     model=AirNet(channels=(128, 384, 512), convs=3, norm=replace(AirNet().norm, momentum=0.9)),
-    optim=Kilostep(lr=9.0, weight_decay=0.012, schedule=Triangle(peak=0.1, end=0.0)),
+    optim=AirbenchSGD(lr=9.0, weight_decay=0.012, schedule=Triangle(peak=0.1, end=0.0)),
     published=Published(0.9603, 34.7, 400, True, f"{SOURCE}, airbench96", "A100", 4.91),
 )
 
 RECIPES = (airbench93, airbench94, airbench94_muon, airbench95, airbench96)
-BASES = {recipe.name: airbench94 for recipe in RECIPES if recipe is not airbench94}
+PARENTS = {recipe.name: airbench94 for recipe in RECIPES if recipe is not airbench94}

@@ -9,11 +9,11 @@ it says it.
 
 from dataclasses import replace
 
-from fastcifar_jax.augment import Crop, Cutout, Flip, PerExample, ShuffledGroups
+from fastcifar_jax.augment import Crop, Cutout, Flip, GroupedSampling, IndependentSampling
 from fastcifar_jax.averaging import Ema
 from fastcifar_jax.losses import CrossEntropy
 from fastcifar_jax.models.activations import Celu, Relu
-from fastcifar_jax.models.layers import Norm
+from fastcifar_jax.models.layers import BatchNormConfig
 from fastcifar_jax.models.resnet9 import ResNet9
 from fastcifar_jax.optim import Nesterov
 from fastcifar_jax.recipe import Published, Recipe
@@ -23,7 +23,7 @@ POST = "How to Train Your ResNet 8"
 
 
 def step(recipe: Recipe, name: str, published: Published, **changes) -> Recipe:
-    """The next rung: `recipe` under another name, with some parts replaced."""
+    """The next step: `recipe` under another name, with some parts replaced."""
     return replace(recipe, name=name, published=published, **changes)
 
 
@@ -31,8 +31,8 @@ baseline = Recipe(
     name="baseline",
     num_epochs=24,
     augmentations=(Crop(4), Flip(), Cutout(8)),
-    choices=PerExample(),
-    model=ResNet9(activation=Relu(), norm=Norm(), output_scale=1 / 8),
+    sampling=IndependentSampling(),
+    model=ResNet9(activation=Relu(), norm=BatchNormConfig(), output_scale=1 / 8),
     loss=CrossEntropy(),
     optim=Nesterov(peak_lr=0.4, momentum=0.9, weight_decay=5e-4, schedule=WarmupDecay(warmup=5 / 24)),
     published=Published(0.941, 75, source=f"{POST}, baseline; dawn.py"),
@@ -43,7 +43,7 @@ gpu_preprocessing = step(
     baseline,
     "gpu_preprocessing",
     Published(None, 70, source=f"{POST}, preprocessing on the GPU"),
-    choices=ShuffledGroups(200),
+    sampling=GroupedSampling(200),
 )
 pool_before_activation = step(
     gpu_preprocessing,
@@ -84,7 +84,7 @@ ghost_norm_20 = step(
     celu,
     "ghost_norm_20",
     Published(0.942, None, source=f"{POST}, ghost batch norm"),
-    model=replace(celu.model, norm=Norm(num_groups=16)),
+    model=replace(celu.model, norm=BatchNormConfig(num_groups=16)),
 )
 ghost_norm = step(
     ghost_norm_20,
@@ -98,7 +98,10 @@ frozen_scales_16 = step(
     "frozen_scales_16",
     Published(0.942, None, source=f"{POST}, frozen batch norm scales"),
     model=replace(
-        ghost_norm.model, activation=Celu(0.3), norm=Norm(num_groups=16, train_scale=False), output_scale=1 / 16
+        ghost_norm.model,
+        activation=Celu(0.3),
+        norm=BatchNormConfig(num_groups=16, train_scale=False),
+        output_scale=1 / 16,
     ),
     optim=replace(ghost_norm.optim, bias_scale=16.0),
 )

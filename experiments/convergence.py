@@ -40,4 +40,4 @@ RECIPES = (
     *convergence(gpu_preprocessing, "baseline", BASELINE, lambda num_epochs: WarmupDecay(warmup=5 / num_epochs)),
     *convergence(final, "final", FINAL, lambda num_epochs: final.optim.schedule),
 )
-BASES = {recipe.name: gpu_preprocessing if recipe.name.startswith("baseline") else final for recipe in RECIPES}
+PARENTS = {recipe.name: gpu_preprocessing if recipe.name.startswith("baseline") else final for recipe in RECIPES}

@@ -30,4 +30,4 @@ quickstart = replace(
 )
 
 RECIPES = (quickstart,)
-BASES = {"quickstart": final}
+PARENTS = {"quickstart": final}

@@ -31,10 +31,10 @@ class Augmentation(Protocol):
 
 
 @runtime_checkable
-class Settled(Protocol):
-    """An augmentation whose options in one epoch follow from those in another; overrules `Recipe.choices`."""
+class EpochDependent(Protocol):
+    """An augmentation whose options in one epoch follow from those in another; overrules `Recipe.sampling`."""
 
-    def settle(self, key: PRNGKeyArray, epoch: Int[Array, ""], num_images: int) -> Int[Array, " images"]:
+    def choices_for_epoch(self, key: PRNGKeyArray, epoch: Int[Array, ""], num_images: int) -> Int[Array, " images"]:
         """The row of its options that each image gets in an epoch (1-based); `key` is the same in every epoch."""
         ...
 
@@ -46,8 +46,8 @@ class EpochPlan(NamedTuple):
     choices: tuple[Int[Array, " images"], ...]  # one array an augmentation: image -> row of its options
 
 
-class Choices(Protocol):
-    """What `Recipe.choices` must be: how an epoch is planned."""
+class Sampling(Protocol):
+    """What `Recipe.sampling` must be: how an epoch is planned."""
 
     def __call__(
         self, key: PRNGKeyArray, augmentations: tuple[Augmentation, ...], num_images: int, height: int, width: int
@@ -112,7 +112,7 @@ class AlternatingFlip(Flip):
     Each pair of epochs shows every image both ways, where `Flip` would show a quarter of them one way only, twice.
     """
 
-    def settle(self, key: PRNGKeyArray, epoch: Int[Array, ""], num_images: int) -> Int[Array, " images"]:
+    def choices_for_epoch(self, key: PRNGKeyArray, epoch: Int[Array, ""], num_images: int) -> Int[Array, " images"]:
         """1 for an image that is mirrored in this epoch."""
         first = jax.random.bernoulli(key, 0.5, (num_images,))
         return jnp.where(epoch % 2 == 1, first, ~first).astype(jnp.int32)
@@ -152,7 +152,7 @@ class Cutout:
 
 
 @dataclasses.dataclass(frozen=True)
-class PerExample:
+class IndependentSampling:
     """An independent uniform option for each image and augmentation, and a shuffled order (section 2.4)."""
 
     def __call__(
@@ -168,7 +168,7 @@ class PerExample:
 
 
 @dataclasses.dataclass(frozen=True)
-class ShuffledGroups:
+class GroupedSampling:
     """Cuts a shuffled epoch into one group per option, anew for each augmentation (section 2.3).
 
     The groups' sizes differ by at most one, so exactly half of an even number of images are flipped. The original
@@ -183,7 +183,7 @@ class ShuffledGroups:
 
     def __post_init__(self):
         if self.max_options is not None and self.max_options < 1:
-            raise ValueError(f"ShuffledGroups has max_options {self.max_options}; give a number >= 1 or None")
+            raise ValueError(f"GroupedSampling has max_options {self.max_options}; give a number >= 1 or None")
 
     def __call__(
         self, key: PRNGKeyArray, augmentations: tuple[Augmentation, ...], num_images: int, height: int, width: int
@@ -204,32 +204,32 @@ class ShuffledGroups:
 def plan_epoch(
     key: PRNGKeyArray,
     epoch: Int[Array, ""],
-    choices: Choices,
+    sampling: Sampling,
     augmentations: tuple[Augmentation, ...],
     num_images: int,
     height: int,
     width: int,
 ) -> EpochPlan:
-    """The plan of an epoch of a run: drawn anew, but for augmentations that are `Settled`.
+    """The plan of an epoch of a run: drawn anew, but for augmentations that are `EpochDependent`.
 
     Args:
       key: of the run's data.
       epoch: 1-based.
-      choices: of the recipe.
+      sampling: of the recipe.
       augmentations: of the recipe.
       num_images: training images.
       height: of an image, in pixels.
       width: of an image, in pixels.
     """
-    plan = choices(jax.random.fold_in(key, epoch), augmentations, num_images, height, width)
-    key_settled = jax.random.fold_in(key, 0)  # epochs count from 1
-    settled = tuple(
-        augmentation.settle(jax.random.fold_in(key_settled, i), epoch, num_images)
-        if isinstance(augmentation, Settled)
+    plan = sampling(jax.random.fold_in(key, epoch), augmentations, num_images, height, width)
+    key_dependent = jax.random.fold_in(key, 0)  # epochs count from 1
+    dependent = tuple(
+        augmentation.choices_for_epoch(jax.random.fold_in(key_dependent, i), epoch, num_images)
+        if isinstance(augmentation, EpochDependent)
         else choice
         for i, (augmentation, choice) in enumerate(zip(augmentations, plan.choices, strict=True))
     )
-    return plan._replace(choices=settled)
+    return plan._replace(choices=dependent)
 
 
 def _groups(num_images: int, num_groups: int) -> Int[Array, " images"]:

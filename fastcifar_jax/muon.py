@@ -145,6 +145,6 @@ class Muon:
         # the gradients of the summed loss, which the rates are for
         return optax.chain(optax.scale(batch_size), optax.partition(transforms, label))
 
-    def frozen(self, epoch: int) -> str | None:
-        """See `optim.frozen_parameters`."""
+    def skip_gradients(self, epoch: int) -> str | None:
+        """See `optim.skipped_gradients`."""
         return WHITEN_BIAS if epoch > self.whiten_bias_epochs else None

@@ -10,7 +10,7 @@ import optax
 from jaxtyping import Array, Int
 
 from fastcifar_jax.schedules import Schedule, Triangle, WarmupDecay, count_steps
-from fastcifar_jax.types import Params, by_path
+from fastcifar_jax.types import Params, flatten_by_path
 
 WHITEN_BIAS = r"whiten/bias$"  # path of the one parameter that airbench freezes during a run
 
@@ -18,7 +18,7 @@ WHITEN_BIAS = r"whiten/bias$"  # path of the one parameter that airbench freezes
 class Optimizer(Protocol):
     """What `Recipe.optim` must be: a frozen dataclass that builds an optax transformation for a run's length.
 
-    One that stops training some parameters can say so with a method `frozen(epoch)`, see `frozen_parameters`.
+    One that stops training some parameters can say so with a method `skip_gradients(epoch)`, see `skipped_gradients`.
     """
 
     def __call__(self, num_epochs: float, steps_per_epoch: int, batch_size: int) -> optax.GradientTransformation:
@@ -26,13 +26,13 @@ class Optimizer(Protocol):
         ...
 
 
-def frozen_parameters(optim: Optimizer, epoch: int) -> str | None:
+def skipped_gradients(optim: Optimizer, epoch: int) -> str | None:
     """A pattern of the paths of the parameters that an optimiser leaves alone in an epoch, 1-based; None for none.
 
     Their gradients are then not computed, except by seeds that run side by side. The optimiser has to leave the
     parameters alone all the same: it gets zeros, or gradients to ignore.
     """
-    frozen = getattr(optim, "frozen", None)
+    frozen = getattr(optim, "skip_gradients", None)
     return None if frozen is None else frozen(epoch)
 
 
@@ -102,7 +102,7 @@ def label_by_path(params: Params, groups: dict[str, str]) -> Params:
                 return group
         raise ValueError(f"parameter {name} is in none of the groups {groups}; add a pattern that matches it")
 
-    return jax.tree.unflatten(jax.tree.structure(params), map(label, by_path(params)))
+    return jax.tree.unflatten(jax.tree.structure(params), map(label, flatten_by_path(params)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,7 +176,7 @@ def freeze_after(pattern: str, num_steps: int) -> optax.GradientTransformation:
 
 
 @dataclasses.dataclass(frozen=True)
-class Kilostep:
+class AirbenchSGD:
     """Nesterov SGD whose numbers leave each other's effect alone (airbench.md, section 5).
 
     Rate and decay are stated for 1,024 examples and for what momentum m makes of a constant gradient, which is
@@ -223,8 +223,8 @@ class Kilostep:
             parts.append(freeze_after(WHITEN_BIAS, self.whiten_bias_epochs * steps_per_epoch))
         return optax.chain(*parts)
 
-    def frozen(self, epoch: int) -> str | None:
-        """See `frozen_parameters`."""
+    def skip_gradients(self, epoch: int) -> str | None:
+        """See `skipped_gradients`."""
         return WHITEN_BIAS if self.whiten_bias_epochs is not None and epoch > self.whiten_bias_epochs else None
 
 

@@ -10,7 +10,7 @@ import typing
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from fastcifar_jax.augment import Augmentation, Choices, Crop, Cutout, Flip, PerExample
+from fastcifar_jax.augment import Augmentation, Crop, Cutout, Flip, IndependentSampling, Sampling
 from fastcifar_jax.averaging import Average
 from fastcifar_jax.evaluate import TTA, FlipTTA
 from fastcifar_jax.losses import CrossEntropy
@@ -61,7 +61,7 @@ class Recipe:
       mean: of the pixels, per channel, 0..255.
       std: of the pixels, per channel, 0..255.
       augmentations: applied in this order.
-      choices: how an epoch's order and options are drawn.
+      sampling: how an epoch's order and options are drawn.
       model: the network.
       loss: per example; its sum over the batch is differentiated.
       optim: builds the optax transformation, which receives the gradient of the mean loss.
@@ -83,7 +83,7 @@ class Recipe:
     mean: tuple[float, ...] = CIFAR10_MEAN
     std: tuple[float, ...] = CIFAR10_STD
     augmentations: tuple[Augmentation, ...] = (Crop(4), Flip(), Cutout(8))
-    choices: Choices = PerExample()
+    sampling: Sampling = IndependentSampling()
     model: Network = ResNet9()
     loss: Callable = CrossEntropy()
     optim: Optimizer = Nesterov()

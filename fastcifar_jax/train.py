@@ -18,7 +18,7 @@ from fastcifar_jax.evaluate import evaluate
 from fastcifar_jax.models.base import PRECISIONS
 from fastcifar_jax.ops.batch_norm import share_of_batch
 from fastcifar_jax.ops.conv import Driver, compiler_options, default_driver
-from fastcifar_jax.optim import frozen_parameters
+from fastcifar_jax.optim import skipped_gradients
 from fastcifar_jax.recipe import Recipe, resolve_dtype
 from fastcifar_jax.schedules import count_steps
 from fastcifar_jax.train_step import TrainStep, make_train_step
@@ -42,7 +42,7 @@ class Diverged(ArithmeticError):
         self.epochs = epochs
 
 
-class Functions(NamedTuple):
+class TrainFunctions(NamedTuple):
     """The pure functions of one recipe; none is jitted."""
 
     init: Callable[[PRNGKeyArray, Dataset], TrainState]
@@ -50,19 +50,19 @@ class Functions(NamedTuple):
     train_step: TrainStep
     train_batch: Callable[[TrainState, StepInfo, Dataset, EpochPlan, Int[Array, ""]], tuple[TrainState, StepInfo]]
     train_epoch: Callable[[TrainState, Dataset, EpochPlan, Int[Array, ""]], tuple[TrainState, StepInfo]]  # ..., steps
-    enter_evaluation: Callable[[TrainState, int], TrainState]  # (state, epoch), 1-based
+    finalize_batch_stats: Callable[[TrainState, int], TrainState]  # (state, epoch), 1-based
     evaluate: Callable[[TrainState, Dataset], Evaluation]
 
 
-def evaluated(state: TrainState) -> dict[str, Any]:
+def eval_variables(state: TrainState) -> dict[str, Any]:
     """The variables that evaluation uses: the averaged ones, if the recipe has an average."""
     trained = state.average or {"params": state.params, "batch_stats": state.batch_stats}
-    return {**trained, "frozen": state.frozen}
+    return {**trained, "constants": state.constants}
 
 
 def make_functions(
-    recipe: Recipe, num_classes: int, num_train: int, axis_name: str | None = None, frozen: str | None = None
-) -> Functions:
+    recipe: Recipe, num_classes: int, num_train: int, axis_name: str | None = None, skip_gradients: str | None = None
+) -> TrainFunctions:
     """The pure functions that make up a run of `recipe`.
 
     Args:
@@ -71,7 +71,7 @@ def make_functions(
       num_train: number of training images.
       axis_name: mesh axis whose devices each train on a share of every batch, inside `jax.shard_map`; None for one
         device.
-      frozen: pattern of the paths of parameters that are not trained, see `frozen_parameters`.
+      skip_gradients: pattern of the paths of parameters that are not trained, see `skipped_gradients`.
 
     Raises:
       ValueError: fewer training images than one batch, or a batch that the network cannot split.
@@ -88,7 +88,9 @@ def make_functions(
         model = model.split(axis_name)
     tx = recipe.optim(recipe.num_epochs, steps_per_epoch, batch_size)
     num_steps = count_steps(recipe.num_epochs, steps_per_epoch)
-    train_step = make_train_step(model, recipe.loss, tx, recipe.average, steps_per_epoch, num_steps, axis_name, frozen)
+    train_step = make_train_step(
+        model, recipe.loss, tx, recipe.average, steps_per_epoch, num_steps, axis_name, skip_gradients
+    )
     image_dtype = PRECISIONS[recipe.compute_dtype].images
     as_images = functools.partial(normalize, mean=recipe.mean, std=recipe.std, dtype=image_dtype)
 
@@ -97,11 +99,11 @@ def make_functions(
         variables = model.init(key, images)
         params, batch_stats = variables["params"], variables["batch_stats"]
         average = () if recipe.average is None else recipe.average.init({"params": params, "batch_stats": batch_stats})
-        return TrainState(jnp.int32(0), params, variables["frozen"], batch_stats, tx.init(params), average)
+        return TrainState(jnp.int32(0), params, variables["constants"], batch_stats, tx.init(params), average)
 
     def plan(key, epoch, dataset):
         num_images, height, width, _ = dataset.train_images.shape
-        return plan_epoch(key, epoch, recipe.choices, recipe.augmentations, num_images, height, width)
+        return plan_epoch(key, epoch, recipe.sampling, recipe.augmentations, num_images, height, width)
 
     def train_batch(state, totals, dataset, plan, index):
         ids = lax.dynamic_slice(plan.order, (index * batch_size,), (batch_size,))
@@ -117,24 +119,24 @@ def make_functions(
         step = lambda index, carry: train_batch(*carry, dataset, plan, index)
         return lax.fori_loop(jnp.int32(0), num_steps, step, (state, zero_totals(recipe)))
 
-    def enter_evaluation(state, epoch):
+    def finalize_batch_stats(state, epoch):
         # The network itself leaves training mode after every epoch, its average once and for good after the first.
         if recipe.average is None:
-            return state._replace(batch_stats=model.enter_evaluation(state.batch_stats))
+            return state._replace(batch_stats=model.finalize_batch_stats(state.batch_stats))
         if epoch == 1:
-            batch_stats = model.enter_evaluation(state.average["batch_stats"])
+            batch_stats = model.finalize_batch_stats(state.average["batch_stats"])
             return state._replace(average={**state.average, "batch_stats": batch_stats})
         return state
 
     def evaluate_state(state, dataset):
-        variables = evaluated(state)
+        variables = eval_variables(state)
         predict = lambda images: model.apply(variables, images, False)[0]
         return evaluate(
             predict, recipe.loss, recipe.tta, dataset.test_images, dataset.test_labels,
             recipe.mean, recipe.std, image_dtype,
         )  # fmt: skip
 
-    return Functions(init, plan, train_step, train_batch, train_epoch, enter_evaluation, evaluate_state)
+    return TrainFunctions(init, plan, train_step, train_batch, train_epoch, finalize_batch_stats, evaluate_state)
 
 
 def zero_totals(recipe: Recipe) -> StepInfo:
@@ -152,7 +154,7 @@ class Shapes(NamedTuple):
     plan: EpochPlan
 
 
-def shapes_of(functions: Functions, recipe: Recipe, dataset: Dataset) -> Shapes:
+def shapes_of(functions: TrainFunctions, recipe: Recipe, dataset: Dataset) -> Shapes:
     """Traces `init` and `plan` without compiling them."""
     chex.assert_rank((dataset.train_images, dataset.test_images), 4)
     chex.assert_equal_shape_prefix((dataset.train_images, dataset.train_labels), 1)
@@ -185,7 +187,7 @@ def steps_of_epochs(recipe: Recipe, steps_per_epoch: int) -> list[int]:
     return [min(steps_per_epoch, num_steps - done) for done in range(0, num_steps, steps_per_epoch)]
 
 
-class Programs(NamedTuple):
+class CompiledRun(NamedTuple):
     """A recipe's functions compiled for one data set's shapes, and for all recipes with the same `program_key`.
 
     `values` are the `tunable` numbers of the recipe that is run.
@@ -194,13 +196,13 @@ class Programs(NamedTuple):
     init: Callable[[Values, PRNGKeyArray, Dataset], TrainState]
     plan: Callable[[PRNGKeyArray, Int[Array, ""] | np.int32, Dataset], EpochPlan]
     train_epoch: Callable[..., tuple[TrainState, StepInfo]]  # (values, state, dataset, plan, epoch, num_steps, on_step)
-    enter_evaluation: Callable[[TrainState, int], TrainState]
+    finalize_batch_stats: Callable[[TrainState, int], TrainState]
     evaluate: Callable[[Values, TrainState, Dataset], Evaluation]
     steps_per_epoch: int
 
 
 def with_values(
-    recipe: Recipe, num_classes: int, num_train: int, axis_name: str | None = None, frozen: str | None = None
+    recipe: Recipe, num_classes: int, num_train: int, axis_name: str | None = None, skip_gradients: str | None = None
 ) -> Callable:
     """The functions of `make_functions` as functions of the recipe's tunable numbers too.
 
@@ -209,7 +211,7 @@ def with_values(
       num_classes: size of the logits.
       num_train: number of training images.
       axis_name: mesh axis whose devices each train on a share of every batch.
-      frozen: pattern of the paths of parameters that are not trained.
+      skip_gradients: pattern of the paths of parameters that are not trained.
 
     Returns:
       `function(name)`: the function of that name, with `values` before its own arguments.
@@ -218,7 +220,7 @@ def with_values(
 
     def function(name):
         def call(values, *args):
-            functions = make_functions(with_tunable(recipe, values), num_classes, num_train, axis_name, frozen)
+            functions = make_functions(with_tunable(recipe, values), num_classes, num_train, axis_name, skip_gradients)
             return getattr(functions, name)(*args)
 
         return call
@@ -226,7 +228,7 @@ def with_values(
     return function
 
 
-def compile_programs(recipe: Recipe, num_classes: int, dataset: Dataset, driver: Driver) -> Programs:
+def compile_programs(recipe: Recipe, num_classes: int, dataset: Dataset, driver: Driver) -> CompiledRun:
     """Compiles everything that a run needs, ahead of its first step.
 
     Args:
@@ -243,8 +245,10 @@ def compile_programs(recipe: Recipe, num_classes: int, dataset: Dataset, driver:
     key, index, state, totals, plan = shapes_of(functions, recipe, dataset)
     values, function = tunable(recipe), with_values(recipe, num_classes, num_train)
     # Epochs that train fewer parameters have a program of their own, which computes less.
-    frozen = [frozen_parameters(recipe.optim, epoch) for epoch in range(1, math.ceil(recipe.num_epochs) + 1)]
-    trainers = {name: with_values(recipe, num_classes, num_train, frozen=name) for name in dict.fromkeys(frozen)}
+    frozen = [skipped_gradients(recipe.optim, epoch) for epoch in range(1, math.ceil(recipe.num_epochs) + 1)]
+    trainers = {
+        name: with_values(recipe, num_classes, num_train, skip_gradients=name) for name in dict.fromkeys(frozen)
+    }
     options = compiler_options()
 
     if driver == "scan":
@@ -270,18 +274,18 @@ def compile_programs(recipe: Recipe, num_classes: int, dataset: Dataset, driver:
                     on_step(i + 1, jax.block_until_ready(totals))
             return state, totals
 
-    return Programs(
+    return CompiledRun(
         init=jax.jit(function("init")).lower(values, key, dataset).compile(),
         plan=jax.jit(functions.plan).lower(key, index, dataset).compile(),
         train_epoch=train_epoch,
-        enter_evaluation=functions.enter_evaluation,
+        finalize_batch_stats=functions.finalize_batch_stats,
         evaluate=jax.jit(function("evaluate")).lower(values, state, dataset).compile(),
         steps_per_epoch=num_train // recipe.batch_size,
     )
 
 
 def make_train(
-    recipe: Recipe, num_classes: int, driver: Driver | None = None, compiled: dict[tuple, Programs] | None = None
+    recipe: Recipe, num_classes: int, driver: Driver | None = None, compiled: dict[tuple, CompiledRun] | None = None
 ) -> Callable[..., RunResult]:
     """The run of a recipe as a function of a key and a data set.
 
@@ -339,7 +343,7 @@ def make_train(
             trained = programs.train_epoch(values, state, dataset, plan, epoch, num_steps, step_seen)
             state, totals = jax.block_until_ready(trained)
             seconds = time.perf_counter() - start
-            state = programs.enter_evaluation(state, epoch)
+            state = programs.finalize_batch_stats(state, epoch)
             loss, accuracy = (x.item() / (num_steps * recipe.batch_size) for x in totals)
             test = [x.item() / len(dataset.test_labels) for x in programs.evaluate(values, state, dataset)]
             epochs.append(EpochInfo(epoch, seconds, loss, accuracy, *test))

@@ -23,7 +23,7 @@ def make_train_step(
     steps_per_epoch: int,
     num_steps: int,
     axis_name: str | None = None,
-    frozen: str | None = None,
+    skip_gradients: str | None = None,
 ) -> TrainStep:
     """One optimiser step as a pure function `(state, batch) -> (state, info)`.
 
@@ -39,13 +39,13 @@ def make_train_step(
       num_steps: of the whole run.
       axis_name: mesh axis whose devices each have an equal share of the batch; the sums are taken over all of them,
         so that every device makes the same step. None for the whole batch here.
-      frozen: pattern of the paths of parameters whose gradients are not computed, but zero.
+      skip_gradients: pattern of the paths of parameters whose gradients are not computed, but zero.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepInfo]:
         def summed_loss(params):
-            params = params if frozen is None else stop_gradients(params, frozen)
-            variables = {"params": params, "frozen": state.frozen, "batch_stats": state.batch_stats}
+            params = params if skip_gradients is None else stop_gradients(params, skip_gradients)
+            variables = {"params": params, "constants": state.constants, "batch_stats": state.batch_stats}
             logits, batch_stats = model.apply(variables, batch.images, True)
             return loss(logits, batch.labels).sum(), (batch_stats, num_correct(logits, batch.labels))
 
@@ -63,7 +63,7 @@ def make_train_step(
             progress = Progress(state.step + 1, state.step % steps_per_epoch, num_steps)
             averaged, variables = average.update(averaged, variables, progress)
             params, batch_stats = variables["params"], variables["batch_stats"]
-        state = TrainState(state.step + 1, params, state.frozen, batch_stats, opt_state, averaged)
+        state = TrainState(state.step + 1, params, state.constants, batch_stats, opt_state, averaged)
         return state, StepInfo(total, correct)
 
     return train_step

@@ -33,7 +33,7 @@ class TrainState(NamedTuple):
 
     step: Int[Array, ""]  # steps taken so far
     params: Params  # trained
-    frozen: Params  # never trained: whitening filters, fixed batch norm scales
+    constants: Params  # never trained: whitening filters, fixed batch norm scales
     batch_stats: Params  # running statistics of the batch norms
     opt_state: Any  # of the optax transformation
     average: Any  # of the recipe's average; () without one
@@ -91,7 +91,7 @@ class RunResult(NamedTuple):
         return self.setup_seconds + sum(epoch.train_seconds for epoch in self.epochs)
 
 
-def by_path(tree: Any) -> dict[str, Any]:
+def flatten_by_path(tree: Any) -> dict[str, Any]:
     """The leaves of a tree by their paths, in the tree's order: `{"layer1/conv/kernel": ...}`.
 
     Raises:

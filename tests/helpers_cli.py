@@ -24,7 +24,7 @@ class Linear:
 
     def __call__(self, num_classes, compute_dtype):
         def init(key, images):
-            return {"params": {"w": jnp.zeros((3, num_classes))}, "frozen": {}, "batch_stats": {}}
+            return {"params": {"w": jnp.zeros((3, num_classes))}, "constants": {}, "batch_stats": {}}
 
         def apply(variables, images, train):
             return images.mean((1, 2)) @ variables["params"]["w"], {}

@@ -37,7 +37,7 @@ class Net:
                 "head": jax.random.normal(keys[2], (n, num_classes)),
             }
             stats = {"layer1": {"norm": {"mean": jnp.zeros((1, n))}}}
-            return {"params": params, "frozen": {}, "batch_stats": stats}
+            return {"params": params, "constants": {}, "batch_stats": stats}
 
         def apply(variables, images, train):
             params, stats = variables["params"], variables["batch_stats"]

@@ -9,8 +9,8 @@ from fastcifar_jax.augment import (
     Crop,  # fmt: skip
     Cutout,  # fmt: skip
     Flip,  # fmt: skip
-    PerExample,  # fmt: skip
-    ShuffledGroups,  # fmt: skip
+    GroupedSampling,  # fmt: skip
+    IndependentSampling,  # fmt: skip
     augment,  # fmt: skip
     normalize,  # fmt: skip
     plan_epoch,  # fmt: skip
@@ -91,7 +91,7 @@ def numpy_rebuild(key, augmentations, images, labels, max_options):
 @pytest.mark.parametrize("num_images", [1000, 731, 60])
 def test_composed_groups_equal_rebuilding_the_data_set(key, num_images):
     images, labels = images_of(num_images), np.arange(num_images)
-    plan = jax.jit(lambda key: ShuffledGroups(200)(key, ALL, num_images, 32, 32))(key)
+    plan = jax.jit(lambda key: GroupedSampling(200)(key, ALL, num_images, 32, 32))(key)
     found = augment(jnp.asarray(images)[plan.order], ALL, tuple(choice[plan.order] for choice in plan.choices))
     expected_images, expected_labels = numpy_rebuild(key, ALL, images, labels, 200)
     np.testing.assert_array_equal(labels[np.asarray(plan.order)], expected_labels)
@@ -99,7 +99,7 @@ def test_composed_groups_equal_rebuilding_the_data_set(key, num_images):
 
 
 def test_groups_are_balanced(key):
-    plan = ShuffledGroups(200)(key, ALL, 50_000, 32, 32)
+    plan = GroupedSampling(200)(key, ALL, 50_000, 32, 32)
     crop, flip, cutout = (np.unique_counts(choice) for choice in plan.choices)
     assert sorted(np.unique_counts(crop.counts).counts.tolist()) == [23, 58]
     assert np.unique(crop.counts).tolist() == [617, 618]
@@ -110,7 +110,7 @@ def test_groups_are_balanced(key):
 
 @pytest.mark.parametrize("num_images", [50, 81, 100, 161])
 def test_groups_of_one_or_two_images_are_balanced(key, num_images):
-    [choice] = ShuffledGroups(None)(key, (Crop(4),), num_images, 32, 32).choices
+    [choice] = GroupedSampling(None)(key, (Crop(4),), num_images, 32, 32).choices
     counts = np.bincount(choice, minlength=81)
     assert len(counts) == 81 and counts.sum() == num_images
     assert counts.max() - counts.min() <= 1
@@ -118,14 +118,14 @@ def test_groups_of_one_or_two_images_are_balanced(key, num_images):
 
 def test_transforms_are_grouped_independently(key):
     """Which images are flipped says nothing about where they are cropped, nor about their place in the epoch."""
-    plan = ShuffledGroups(200)(key, ALL, 50_000, 32, 32)
+    plan = GroupedSampling(200)(key, ALL, 50_000, 32, 32)
     crop, flip, _ = (np.asarray(choice) for choice in plan.choices)
     place = np.argsort(plan.order)
     assert abs(np.corrcoef(crop, flip)[0, 1]) < 0.02
     assert abs(np.corrcoef(place, flip)[0, 1]) < 0.02
 
 
-@pytest.mark.parametrize("choices", [PerExample(), ShuffledGroups(200), ShuffledGroups(None)], ids=str)
+@pytest.mark.parametrize("choices", [IndependentSampling(), GroupedSampling(200), GroupedSampling(None)], ids=str)
 def test_plan_depends_on_the_key_alone(choices):
     plan = lambda seed: choices(jax.random.key(seed), ALL, 500, 32, 32)
     chex.assert_trees_all_equal(plan(0), plan(0))
@@ -135,7 +135,7 @@ def test_plan_depends_on_the_key_alone(choices):
 
 
 def test_per_example_choices_are_uniform(key):
-    plan = PerExample()(key, ALL, 100_000, 32, 32)
+    plan = IndependentSampling()(key, ALL, 100_000, 32, 32)
     for choice, count in zip(plan.choices, (81, 2, 625), strict=True):
         found = np.bincount(choice, minlength=count)
         assert len(found) == count
@@ -168,7 +168,7 @@ def test_normalize_golden_float16_constants():
     [
         (lambda: Crop(-1), "padding -1"),
         (lambda: Cutout(0), "size 0"),
-        (lambda: ShuffledGroups(0), "max_options 0"),
+        (lambda: GroupedSampling(0), "max_options 0"),
         (lambda: Crop(8).options(8, 8), "pads by 8"),
         (lambda: Cutout(9).options(8, 8), "does not fit"),
     ],
@@ -189,7 +189,9 @@ def test_options_stay_int32_in_64_bit_mode(augmentation):
 
 def test_alternating_flip_shows_every_image_both_ways(key):
     """Within each pair of epochs; the half that begins is the same in all of them, whatever the epoch draws."""
-    plan = lambda epoch: plan_epoch(key, jnp.int32(epoch), PerExample(), (Crop(2), AlternatingFlip()), 1000, 8, 8)
+    plan = lambda epoch: plan_epoch(
+        key, jnp.int32(epoch), IndependentSampling(), (Crop(2), AlternatingFlip()), 1000, 8, 8
+    )
     plans = [plan(epoch) for epoch in (1, 2, 3, 4)]
     flips = [np.asarray(plan.choices[1]) for plan in plans]
     assert set(flips[0].tolist()) == {0, 1} and 400 < flips[0].sum() < 600
@@ -200,26 +202,26 @@ def test_alternating_flip_shows_every_image_both_ways(key):
 
 
 def test_two_alternating_flips_are_drawn_apart(key):
-    plan = plan_epoch(key, jnp.int32(1), PerExample(), (AlternatingFlip(), AlternatingFlip()), 100, 8, 8)
+    plan = plan_epoch(key, jnp.int32(1), IndependentSampling(), (AlternatingFlip(), AlternatingFlip()), 100, 8, 8)
     assert not np.array_equal(*plan.choices)
 
 
 def test_settled_choices_have_a_key_that_no_epoch_has(key):
     """Epochs count from 1, and 0 is the key of what is drawn once for the whole run."""
     flips = (AlternatingFlip(), AlternatingFlip())
-    plan = plan_epoch(key, jnp.int32(3), PerExample(), flips, 100, 8, 8)
+    plan = plan_epoch(key, jnp.int32(3), IndependentSampling(), flips, 100, 8, 8)
     for i, (flip, choice) in enumerate(zip(flips, plan.choices, strict=True)):
-        expected = flip.settle(jax.random.fold_in(jax.random.fold_in(key, 0), i), jnp.int32(3), 100)
+        expected = flip.choices_for_epoch(jax.random.fold_in(jax.random.fold_in(key, 0), i), jnp.int32(3), 100)
         np.testing.assert_array_equal(choice, expected)
 
 
 def test_what_is_left_out_is_the_posts():
-    assert (Crop(), Cutout(), ShuffledGroups()) == (Crop(4), Cutout(8), ShuffledGroups(200))
+    assert (Crop(), Cutout(), GroupedSampling()) == (Crop(4), Cutout(8), GroupedSampling(200))
 
 
 def test_the_least_that_parts_take(key):
     images, first = jnp.asarray(images_of(2, 8)), (jnp.zeros(2, jnp.int32),)
     np.testing.assert_array_equal(augment(images, (Crop(0),), first), images)
     np.testing.assert_array_equal(augment(images, (Cutout(1),), first), images.at[:, 0, 0].set(0))
-    [choices] = plan_epoch(key, jnp.int32(1), ShuffledGroups(1), (Crop(1),), 10, 8, 8).choices
+    [choices] = plan_epoch(key, jnp.int32(1), GroupedSampling(1), (Crop(1),), 10, 8, 8).choices
     assert len(set(choices.tolist())) == 1

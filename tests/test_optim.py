@@ -6,7 +6,14 @@ import optax
 import pytest
 
 from fastcifar_jax.averaging import Ema, Lookahead, Progress
-from fastcifar_jax.optim import Kilostep, Nesterov, freeze_after, label_by_path, nesterov, scale_by_schedule_of_epochs
+from fastcifar_jax.optim import (
+    AirbenchSGD,
+    Nesterov,
+    freeze_after,
+    label_by_path,
+    nesterov,
+    scale_by_schedule_of_epochs,
+)
 from fastcifar_jax.schedules import WarmupDecay, piecewise_linear
 
 
@@ -101,9 +108,9 @@ def test_ema_starts_as_a_copy():
         (Ema, {"every": 0}),
         (Lookahead, {"decay": 1.0}),
         (Lookahead, {"every": 0}),
-        (Kilostep, {"momentum": 1.0}),
-        (Kilostep, {"weight_decay": -1.0}),
-        (Kilostep, {"bias_scale": 0.0}),
+        (AirbenchSGD, {"momentum": 1.0}),
+        (AirbenchSGD, {"weight_decay": -1.0}),
+        (AirbenchSGD, {"bias_scale": 0.0}),
     ],
     ids=str,
 )
@@ -117,7 +124,7 @@ def test_refuses(part, fields):
     ("part", "fields"),
     [
         (Nesterov, {"peak_lr": 0.01, "momentum": 0.0, "weight_decay": 0.0, "bias_scale": 0.01}),
-        (Kilostep, {"lr": 0.01, "momentum": 0.0, "weight_decay": 0.0, "bias_scale": 0.01, "whiten_bias_epochs": 0}),
+        (AirbenchSGD, {"lr": 0.01, "momentum": 0.0, "weight_decay": 0.0, "bias_scale": 0.01, "whiten_bias_epochs": 0}),
         (Ema, {"decay": 0.0, "every": 1}),
         (Lookahead, {"decay": 0.0, "every": 1}),
     ],
@@ -133,8 +140,8 @@ def test_takes_what_is_just_allowed(part, fields):
         (Nesterov(), {"peak_lr": 0.4, "momentum": 0.9, "weight_decay": 5e-4, "bias_scale": 1.0}),
         (Ema(), {"decay": 0.99, "every": 5}),
         (Lookahead(), {"decay": 0.95, "every": 5}),
-        (Kilostep(), {"lr": 11.5, "momentum": 0.85, "weight_decay": 0.0153, "bias_scale": 64.0}),
-        (Kilostep(), {"whiten_bias_epochs": 3}),
+        (AirbenchSGD(), {"lr": 11.5, "momentum": 0.85, "weight_decay": 0.0153, "bias_scale": 64.0}),
+        (AirbenchSGD(), {"whiten_bias_epochs": 3}),
     ],
     ids=lambda value: type(value).__name__,
 )

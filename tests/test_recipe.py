@@ -4,14 +4,14 @@ from dataclasses import replace
 import jax
 import pytest
 
-from experiments import airbench, bag_of_tricks, convergence, crossover, quickstart
+from experiments import airbench, bag_of_tricks, convergence, quickstart, transfer
 from fastcifar_jax import recipe as recipe_module
 from fastcifar_jax.losses import CrossEntropy
 from fastcifar_jax.recipe import Published, Recipe, change, difference, flatten, override, resolve_dtype
 from fastcifar_jax.train import check
 from fastcifar_jax.types import Dataset
 
-MODULES = (airbench, bag_of_tricks, convergence, crossover, quickstart)
+MODULES = (airbench, bag_of_tricks, convergence, transfer, quickstart)
 RECIPES = {recipe.name: recipe for module in MODULES for recipe in module.RECIPES}
 FINAL, BASELINE = bag_of_tricks.final, bag_of_tricks.baseline
 
@@ -69,7 +69,7 @@ def test_ladder_is_the_table(name):
     assert recipe.model.whiten == later("whitening_17")
     assert recipe.model.norm.train_scale != later("frozen_scales_16")
     assert (recipe.average is not None) == later("ema_14")
-    assert (type(recipe.choices).__name__ == "ShuffledGroups") == later("gpu_preprocessing")
+    assert (type(recipe.sampling).__name__ == "GroupedSampling") == later("gpu_preprocessing")
     order = "conv_pool_norm_act" if later("pool_before_norm") else "conv_norm_act_pool"
     assert recipe.model.pool_order == ("conv_norm_pool_act" if name == "pool_before_activation" else order)
 
@@ -112,10 +112,10 @@ def test_part_that_prints_as_an_address():
         ("num_epochs = 12", "num_epochs", 12),
         ("optim.schedule.warmup=0.25", "optim.schedule.warmup", 0.25),
         ("augmentations.0.padding=2", "augmentations.0.padding", 2),
-        ("model.norm.faithful=True", "model.norm.faithful", True),
+        ("model.norm.eval_first_group=True", "model.norm.eval_first_group", True),
         ("compute_dtype=bfloat16", "compute_dtype", "bfloat16"),
         ("model.channels=(8,16,32,64)", "model.channels", (8, 16, 32, 64)),
-        ("choices.max_options=None", "choices.max_options", None),
+        ("sampling.max_options=None", "sampling.max_options", None),
         ("average=None", "average", None),
     ],
 )
@@ -187,12 +187,12 @@ def test_auto_stands_for_this_machines_dtype(monkeypatch):
     assert resolve_dtype(Recipe(compute_dtype="float32")).compute_dtype == "float32"
 
 
-@pytest.mark.parametrize("name", [recipe.name for recipe in (*airbench.RECIPES, *crossover.RECIPES)])
+@pytest.mark.parametrize("name", [recipe.name for recipe in (*airbench.RECIPES, *transfer.RECIPES)])
 def test_an_arm_can_be_trained_and_differs_from_its_base(name):
     recipe = RECIPES[name]
     shape = lambda *shape, dtype: jax.ShapeDtypeStruct(shape, dtype)
     images = lambda n: shape(n, 32, 32, 3, dtype="uint8")
     labels = lambda n: shape(n, dtype="int32")
     check(replace(recipe, compute_dtype="float32"), 10, Dataset(images(4096), labels(4096), images(500), labels(500)))
-    if name in crossover.BASES:
-        assert difference(recipe, crossover.BASES[name])
+    if name in transfer.PARENTS:
+        assert difference(recipe, transfer.PARENTS[name])

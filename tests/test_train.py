@@ -9,14 +9,14 @@ import pytest
 from experiments.airbench import airbench94
 from experiments.bag_of_tricks import baseline, final
 from fastcifar_jax.augment import Crop, Cutout, Flip, normalize
-from fastcifar_jax.models.layers import Norm
+from fastcifar_jax.models.layers import BatchNormConfig
 from fastcifar_jax.muon import Muon
 from fastcifar_jax.ops import onednn_check
-from fastcifar_jax.optim import Kilostep, frozen_parameters
+from fastcifar_jax.optim import AirbenchSGD, skipped_gradients
 from fastcifar_jax.train import (
     Diverged,
     compile_programs,
-    evaluated,
+    eval_variables,
     make_functions,
     make_train,
     shapes_of,
@@ -100,16 +100,16 @@ def test_frozen_arrays_never_change(final_run):
     recipe, _, result = final_run
     functions = make_functions(recipe, 4, NUM_TRAIN)
     start = jax.jit(functions.init)(jax.random.split(jax.random.key(0))[0], DATASET)
-    chex.assert_trees_all_equal(result.state.frozen, start.frozen)
-    assert set(result.state.frozen["prep"]["norm"]) == {"scale"}
-    frozen_shapes = {leaf.shape for leaf in jax.tree.leaves(start.frozen)}
+    chex.assert_trees_all_equal(result.state.constants, start.constants)
+    assert set(result.state.constants["prep"]["norm"]) == {"scale"}
+    frozen_shapes = {leaf.shape for leaf in jax.tree.leaves(start.constants)}
     assert (3, 3, 3, 27) in frozen_shapes
     assert (3, 3, 3, 27) not in {jnp.shape(leaf) for leaf in jax.tree.leaves((start.opt_state, start.params))}
 
 
 @pytest.mark.parametrize(
     "optim, driver",
-    [(Kilostep(whiten_bias_epochs=1), "python"), (Muon(whiten_bias_epochs=1, compute_dtype=None), "scan")],
+    [(AirbenchSGD(whiten_bias_epochs=1), "python"), (Muon(whiten_bias_epochs=1, compute_dtype=None), "scan")],
 )
 def test_gradients_that_are_not_computed_change_nothing(optim, driver):
     """The whitening layer's bias stays after the first epoch, whether or not its gradient is computed."""
@@ -122,20 +122,20 @@ def test_gradients_that_are_not_computed_change_nothing(optim, driver):
     for epoch in (1, 2, 3):
         plan = functions.plan(key_data, jnp.int32(epoch), DATASET)
         state, _ = train_epoch(state, DATASET, plan, jnp.int32(3))
-        state = functions.enter_evaluation(state, epoch)
+        state = functions.finalize_batch_stats(state, epoch)
     chex.assert_trees_all_close(found.params, state.params, rtol=1e-3, atol=1e-4)
-    chex.assert_trees_all_close(evaluated(found), evaluated(state), rtol=1e-3, atol=1e-4)
+    chex.assert_trees_all_close(eval_variables(found), eval_variables(state), rtol=1e-3, atol=1e-4)
 
 
 def test_frozen_parameters_of_an_epoch_are_spared_work():
     recipe = small(airbench94)
-    pattern = frozen_parameters(recipe.optim, 4)
-    assert [frozen_parameters(recipe.optim, epoch) for epoch in (1, 3, 4)] == [None, None, pattern]
-    assert frozen_parameters(Kilostep(whiten_bias_epochs=None), 100) is frozen_parameters(final.optim, 100) is None
-    assert frozen_parameters(Muon(whiten_bias_epochs=0), 1) == pattern
+    pattern = skipped_gradients(recipe.optim, 4)
+    assert [skipped_gradients(recipe.optim, epoch) for epoch in (1, 3, 4)] == [None, None, pattern]
+    assert skipped_gradients(AirbenchSGD(whiten_bias_epochs=None), 100) is skipped_gradients(final.optim, 100) is None
+    assert skipped_gradients(Muon(whiten_bias_epochs=0), 1) == pattern
     work = []
     for frozen in (None, pattern):
-        functions = make_functions(recipe, 4, NUM_TRAIN, frozen=frozen)
+        functions = make_functions(recipe, 4, NUM_TRAIN, skip_gradients=frozen)
         shapes = shapes_of(functions, recipe, DATASET)
         args = shapes.state, shapes.totals, DATASET, shapes.plan, shapes.index
         work.append(jax.jit(functions.train_batch).lower(*args).compile().cost_analysis()["flops"])
@@ -144,7 +144,7 @@ def test_frozen_parameters_of_an_epoch_are_spared_work():
 
 def test_evaluation_uses_the_average(final_run):
     _, _, result = final_run
-    variables = evaluated(result.state)
+    variables = eval_variables(result.state)
     chex.assert_trees_all_equal(variables["params"], result.state.average["params"])
     assert not np.array_equal(variables["params"]["linear"], result.state.params["linear"])
 
@@ -227,7 +227,7 @@ def test_data_smaller_than_a_batch():
 
 
 def test_faithful_merges_once_under_an_average_and_each_epoch_without():
-    norm = Norm(num_groups=4, faithful=True)
+    norm = BatchNormConfig(num_groups=4, eval_first_group=True)
     for recipe, merged in ((small(final), (True, False)), (small(final, average=None), (True, True))):
         recipe = replace(recipe, model=replace(recipe.model, norm=norm))
         functions = make_functions(recipe, 4, NUM_TRAIN)
@@ -237,7 +237,7 @@ def test_faithful_merges_once_under_an_average_and_each_epoch_without():
         if recipe.average is not None:
             state = state._replace(average={**state.average, "batch_stats": vary(state.average["batch_stats"])})
         for epoch, expected in enumerate(merged, start=1):
-            mean = evaluated(functions.enter_evaluation(state, epoch))["batch_stats"]["prep"]["norm"]["mean"]
+            mean = eval_variables(functions.finalize_batch_stats(state, epoch))["batch_stats"]["prep"]["norm"]["mean"]
             assert bool(jnp.all(mean == mean[:1])) == expected
 
 

@@ -29,7 +29,7 @@ def changed(recipe, name):
 
 @pytest.fixture(scope="module")
 def programs():
-    """Programs that all tests of this file share, with the run of `RECIPE` in them."""
+    """CompiledRun that all tests of this file share, with the run of `RECIPE` in them."""
     compiled = {}
     result = make_train(RECIPE, 4, "scan", compiled)(jax.random.key(0), DATASET)
     return compiled, result

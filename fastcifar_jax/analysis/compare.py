@@ -25,23 +25,23 @@ class Arm(NamedTuple):
     records: tuple[Record, ...]
 
 
-class Question(NamedTuple):
+class CompareOptions(NamedTuple):
     """What is asked of the arms; accuracies are meant in percentage points.
 
     Attributes:
       metric: one of METRICS.
       threshold: the share of runs at or above it is shown; None for none.
-      equivalence: margin inside which a difference does not matter; None to ask for no verdict.
-      wish: a difference that one would like to see, for the number of runs; None for none.
-      previous: whether an arm is compared with the one before it, and not with the first.
+      equivalence_margin: margin inside which a difference does not matter; None to ask for no verdict.
+      min_effect: a difference that one would like to see, for the number of runs; None for none.
+      against_previous: whether an arm is compared with the one before it, and not with the first.
       confidence: of the intervals.
     """
 
     metric: str = "tta_accuracy"
     threshold: float | None = None
-    equivalence: float | None = None
-    wish: float | None = None
-    previous: bool = False
+    equivalence_margin: float | None = None
+    min_effect: float | None = None
+    against_previous: bool = False
     confidence: float = 0.95
 
 
@@ -66,7 +66,7 @@ def parse_arm(text: str) -> tuple[str, str, str]:
     return match["framework"] or "jax", match["experiment"], match["prefix"] or ""
 
 
-def on_file(out: Path, name: str, **data: Any) -> Arm:
+def load_arm(out: Path, name: str, **data: Any) -> Arm:
     """The records of an arm in a folder.
 
     Args:
@@ -90,7 +90,7 @@ def on_file(out: Path, name: str, **data: Any) -> Arm:
     by_recipe = {record.recipe_hash: record for record in found}
     if len(by_recipe) > 1:
         raise ValueError(
-            f"{out} holds {len(by_recipe)} recipes called {name}: {_told_apart(by_recipe)}; write one of "
+            f"{out} holds {len(by_recipe)} recipes called {name}: {_describe_difference(by_recipe)}; write one of "
             f"{', '.join(f'{experiment}@{key[:8]}' for key in by_recipe)}"
         )
     return Arm(name, tuple(sorted(found, key=lambda record: record.seed)))
@@ -112,13 +112,13 @@ def check_comparable(arms: Sequence[Arm]) -> None:
             f"{record.data['test']:,} test images, hash {record.data['hash'][:8]}"
             for name, record in kinds.values()
         )
-        raise ValueError(f"these runs saw different images: {shown}; --anyway compares them nevertheless")
+        raise ValueError(f"these runs saw different images: {shown}; --allow-different-data compares them nevertheless")
     for arm in arms:
         if len({record.seed for record in arm.records}) < len(arm.records):
             raise ValueError(f"{arm.name} has more than one record of a seed; name its recipe by its hash")
 
 
-def compare(arms: Sequence[Arm], question: Question) -> dict[str, Any]:
+def compare(arms: Sequence[Arm], question: CompareOptions) -> dict[str, Any]:
     """The answer as a JSON object, in percentage points, seconds or images per second.
 
     A diverged run has no accuracy: it is counted, and the means are of the others.
@@ -139,7 +139,7 @@ def compare(arms: Sequence[Arm], question: Question) -> dict[str, Any]:
             raise ValueError(
                 f"{name} has {len(finished)} finished run; a comparison needs at least 2, better 5 or more"
             )
-    bases = arms[:-1] if question.previous else [arms[0]] * (len(arms) - 1)
+    bases = arms[:-1] if question.against_previous else [arms[0]] * (len(arms) - 1)
     differences = [
         _difference(base, arm, values[base.name], values[arm.name], question)
         for base, arm in zip(bases, arms[1:], strict=True)
@@ -201,9 +201,10 @@ def _difference(base, arm, base_values, arm_values, question):
         "against": base.name,
         **welch._asdict(),
         "paired": paired,
-        "equivalence": question.equivalence and stats.tost(a, b, question.equivalence, question.confidence)._asdict(),
+        "equivalence": question.equivalence_margin
+        and stats.tost(a, b, question.equivalence_margin, question.confidence)._asdict(),
         "runs_for_observed": needed(abs(welch.estimate)),
-        "runs_for_wish": needed(question.wish),
+        "runs_for_min_effect": needed(question.min_effect),
     }
 
 
@@ -258,8 +259,8 @@ def verdict(difference: dict[str, Any], unit: str, holm: bool) -> str:
     if d["equivalence"]:
         equal = "equivalent" if d["equivalence"]["equivalent"] else "not shown to be equivalent"
         text += f"; {equal} within {d['equivalence']['margin']:g} (p {d['equivalence']['p_value']:.3g})"
-    if d["runs_for_wish"]:
-        text += f"; {d['runs_for_wish']:,} runs an arm to see the wished difference"
+    if d["runs_for_min_effect"]:
+        text += f"; {d['runs_for_min_effect']:,} runs an arm to see the difference of --min-effect"
     return text
 
 
@@ -273,7 +274,7 @@ def _interval(paired):
     return f"{paired['low']:+.2f} to {paired['high']:+.2f}" if paired and paired["helps"] else ""
 
 
-def _told_apart(by_recipe):
+def _describe_difference(by_recipe):
     """What differs between recipes of one name."""
     keys = {key for record in by_recipe.values() for key in record.recipe}
     different = [key for key in sorted(keys) if len({str(r.recipe.get(key)) for r in by_recipe.values()}) > 1]

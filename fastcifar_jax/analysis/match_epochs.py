@@ -9,12 +9,15 @@ from typing import Any
 from rich.console import Console
 
 from fastcifar_jax.analysis import stats
-from fastcifar_jax.analysis.compare import Arm, Question, compare, values_of
+from fastcifar_jax.analysis.compare import Arm, CompareOptions, compare, values_of
 from fastcifar_jax.cli import console as report
 
 
-def trade(
-    base: Arm, arms: Iterator[tuple[int | float, Arm]], question: Question, on_row: Callable[[dict[str, Any]], None]
+def match_epochs(
+    base: Arm,
+    arms: Iterator[tuple[int | float, Arm]],
+    question: CompareOptions,
+    on_row: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
     """Takes arms of falling epoch counts until one is no better than the base.
 

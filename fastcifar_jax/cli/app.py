@@ -10,19 +10,19 @@ from typing import Any, NoReturn, get_args
 import click
 
 from fastcifar_jax.cli import console as report
-from fastcifar_jax.cli.compare import compare, trade
+from fastcifar_jax.cli.compare import compare, match_epochs
 from fastcifar_jax.cli.models import evaluate, predict
 from fastcifar_jax.cli.options import (
-    Invocation,
+    CliContext,
     RunOptions,
     data_option,
     json_option,
     limit_train_option,
     make_jobs,
-    refusals,
     run_options,
     seeds_option,
     set_option,
+    usage_errors,
     width_option,
 )
 from fastcifar_jax.cli.plot import plot
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None, folder: Path | None = None) -> NoRet
     """
     arguments = tuple(sys.argv[1:] if argv is None else argv)
     program = f"python -m {folder.name if folder else 'fastcifar_jax'}"
-    invocation = Invocation(folder or discover.default_folder(), arguments)
+    invocation = CliContext(folder or discover.default_folder(), arguments)
     try:
         status = commands.main(arguments or ("--help",), program, standalone_mode=False, obj=invocation)
     except click.Abort:
@@ -77,9 +77,9 @@ def commands() -> None:
 
 @commands.command("list")
 @click.pass_obj
-def list_command(invocation: Invocation) -> None:
+def list_command(invocation: CliContext) -> None:
     """Shows every experiment with its epochs and its published accuracy and time."""
-    with refusals():
+    with usage_errors():
         experiments = discover.find_experiments(invocation.folder)
     console = report.make_console()
     for title in dict.fromkeys(experiment.title for experiment in experiments):
@@ -91,10 +91,10 @@ def list_command(invocation: Invocation) -> None:
 @commands.command()
 @click.argument("name")
 @click.pass_obj
-def show(invocation: Invocation, name: str) -> None:
+def show(invocation: CliContext, name: str) -> None:
     """Shows the whole recipe NAME, its difference from its predecessor, its parameters and MACs."""
     console = report.make_console()
-    with refusals():
+    with usage_errors():
         for experiment in discover.resolve((name,), invocation.folder):
             for part in report.details(experiment.recipe, experiment.predecessor):
                 console.print(part, soft_wrap=isinstance(part, str))
@@ -121,7 +121,7 @@ def _mesh(context: click.Context, parameter: click.Parameter, value: str | None)
 @run_options
 @click.pass_obj
 def run(
-    invocation: Invocation,
+    invocation: CliContext,
     names: tuple[str, ...],
     seeds: range,
     strategy: Strategy | None,
@@ -144,7 +144,7 @@ def run(
                 f"{option} is for one seed after another; leave it out, or --strategy, --mesh and --distributed"
             )
     if distributed:
-        with refusals():
+        with usage_errors():
             conv.keep_freed_memory()  # before JAX starts its threads
             hosts.initialize()
         console.quiet = not hosts.writes_records()
@@ -154,14 +154,14 @@ def run(
     if save and any(job.twin for job in jobs.values()):
         raise click.UsageError("torch: arms cannot be saved; leave out --save, or run them by themselves")
     writes = hosts.writes_records()
-    with refusals():
+    with usage_errors():
         for job in jobs.values() if save else ():
             saved.check(job.recipe, job.data.info, job.data.dataset)
         known = {  # a damaged record is found before anything is trained
             (job.framework, job.recipe.hash, seed)
             for job in jobs.values()
             for seed in seeds
-            if writes and not options.again and runs.on_record(job, options.out, seed, save)
+            if writes and not options.rerun and runs.on_record(job, options.out, seed, save)
         }
         devices = make_mesh(*(mesh or (None, 1))) if together else None
         write_live = live.tensorboard(options.out / "tensorboard") if log else None
@@ -174,7 +174,7 @@ def run(
         "out": options.out,
         "driver": driver,
         "arguments": invocation.arguments,
-        "again": options.again,
+        "rerun": options.rerun,
         "compiled": {},
     }
     try:
@@ -194,7 +194,7 @@ def run(
             finished = [record for record in ended[before:] if record.status == "finished"]
             if len(finished) > 1:
                 console.print(report.seeds_line(job.arm, finished), soft_wrap=True)
-            if job.as_published and job.recipe.published.accuracy is not None:
+            if job.matches_published and job.recipe.published.accuracy is not None:
                 console.print(report.published_line(job.recipe), soft_wrap=True)
     except KeyboardInterrupt:
         interrupted = "interrupted: "
@@ -219,7 +219,7 @@ def run(
 @json_option
 @click.pass_obj
 def bench_command(
-    invocation: Invocation,
+    invocation: CliContext,
     names: tuple[str, ...],
     against: str | None,
     data: str | None,
@@ -233,13 +233,13 @@ def bench_command(
     """Times whole training steps of recipes, final and baseline by default, beside PyTorch's in one run."""
     console = report.make_console()
     jobs = []
-    with refusals():
+    with usage_errors():
         for experiment in discover.resolve(names or ("final", "baseline"), invocation.folder):
-            with refusals(experiment.recipe.name):
+            with usage_errors(experiment.recipe.name):
                 recipe = change(experiment.recipe, assignments, None, width, None)
             source = data or os.environ.get("FASTCIFAR_DATA") or experiment.data or "cifar10"
             loaded = runs.load_data(source, limit_train, console)
-            with refusals(recipe.name):
+            with usage_errors(recipe.name):
                 check(recipe, len(loaded.info.classes), loaded.dataset)
             jobs.append((experiment, recipe, source, report.size_of(recipe, len(loaded.info.classes)).macs))
             del loaded  # the workers load it themselves
@@ -267,14 +267,14 @@ def bench_command(
 def doctor() -> None:
     """Tells what runs are made with here, and why."""
     console = report.make_console()
-    with refusals():
-        way, reason = conv.way()
+    with usage_errors():
+        backend, reason = conv.conv_backend()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
     lines = {
         "device": report.device_text(records.device()),
         "memory": f"{memory / 2**30:.1f} GiB" if memory else "unknown",
         "versions": ", ".join(f"{name} {version}" for name, version in records.versions().items()),
-        "convolutions": f"{way}: {reason}",
+        "convolutions": f"{backend}: {reason}",
         "driver": default_driver(),
         "dtype": default_dtype(),
         "data": os.environ.get("FASTCIFAR_DATA") or "cifar10 (FASTCIFAR_DATA is not set)",
@@ -284,7 +284,7 @@ def doctor() -> None:
 
 
 commands.add_command(compare)
-commands.add_command(trade)
+commands.add_command(match_epochs)
 commands.add_command(plot)
 commands.add_command(predict)
 commands.add_command(evaluate)

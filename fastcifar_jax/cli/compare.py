@@ -12,18 +12,18 @@ import click
 from rich.console import Console
 
 from fastcifar_jax.analysis import compare as comparison
-from fastcifar_jax.analysis import match_epochs as trading
+from fastcifar_jax.analysis import match_epochs as matching
 from fastcifar_jax.analysis import stats
-from fastcifar_jax.analysis.compare import ACCURACIES, METRICS, Arm, Question
+from fastcifar_jax.analysis.compare import ACCURACIES, METRICS, Arm, CompareOptions
 from fastcifar_jax.cli import console as report
 from fastcifar_jax.cli.options import (
-    Invocation,
+    CliContext,
     RunOptions,
     json_option,
     make_jobs,
-    refusals,
     run_options,
     seeds_option,
+    usage_errors,
     variants,
 )
 from fastcifar_jax.recipe import change
@@ -32,7 +32,7 @@ from fastcifar_jax.runs import records
 from fastcifar_jax.runs import runner as runs
 from fastcifar_jax.runs.records import Record
 
-FIRST_LOOK = 4  # seeds of each arm before the first look of --until
+FIRST_LOOK = 4  # seeds of each arm before the first look of --until-half-width
 BLOCK = 2  # seeds of each arm between two looks
 
 
@@ -42,44 +42,50 @@ BLOCK = 2  # seeds of each arm between two looks
 @run_options
 @click.option("--metric", type=click.Choice(METRICS), default="tta_accuracy", show_default=True)
 @click.option("--threshold", type=float, help="Show the share of runs at or above it, in percent.")
-@click.option("--equivalence", type=click.FloatRange(0, min_open=True), help="Margin of no consequence, in points.")
-@click.option("--wish", type=click.FloatRange(0, min_open=True), help="A difference to plan for, in points.")
-@click.option("--previous", is_flag=True, help="Each arm against the one before it instead of the first.")
 @click.option(
-    "--until", type=click.FloatRange(0, min_open=True), help="Run seeds until intervals are +- so many points."
+    "--equivalence-margin", type=click.FloatRange(0, min_open=True), help="Margin of no consequence, in points."
 )
-@click.option("--max-seeds", type=click.IntRange(FIRST_LOOK), default=100, show_default=True, help="Of --until.")
-@click.option("--anyway", is_flag=True, help="Compare runs on different images nevertheless.")
+@click.option("--min-effect", type=click.FloatRange(0, min_open=True), help="A difference to plan for, in points.")
+@click.option("--against-previous", is_flag=True, help="Each arm against the one before it instead of the first.")
+@click.option(
+    "--until-half-width",
+    type=click.FloatRange(0, min_open=True),
+    help="Run seeds until intervals are +- so many points.",
+)
+@click.option(
+    "--max-seeds", type=click.IntRange(FIRST_LOOK), default=100, show_default=True, help="Of --until-half-width."
+)
+@click.option("--allow-different-data", is_flag=True, help="Compare runs on different images nevertheless.")
 @json_option
 @click.pass_obj
 def compare(
-    invocation: Invocation,
+    invocation: CliContext,
     names: tuple[str, ...],
     seeds: range | None,
     options: RunOptions,
-    until: float | None,
+    until_half_width: float | None,
     max_seeds: int,
-    anyway: bool,
+    allow_different_data: bool,
     json_path: Path | None,
     **question: Any,
 ) -> None:
     """Compares arms: means, differences with intervals, and what it would take to know more.
 
     ARM is an experiment (a `*` in it matches several), torch:EXPERIMENT, or EXPERIMENT@HASH where several recipes of
-    that name are on record. Without --seeds or --until the records under --out are compared; with them, what is
-    missing is run first, the arms in turn.
+    that name are on record. Without --seeds or --until-half-width the records under --out are compared; with
+    them, what is missing is run first, the arms in turn.
     """
     console = report.make_console()
-    asked = Question(**question)
-    if seeds is None and until is None:
-        with refusals():
+    asked = CompareOptions(**question)
+    if seeds is None and until_half_width is None:
+        with usage_errors():
             arms = _arms_on_file(invocation, names, options)
-            answer = _answer(arms, asked, anyway, console)
+            answer = _answer(arms, asked, allow_different_data, console)
     else:
         jobs, driver = make_jobs(invocation, names, options, console)
         if len(jobs) < 2:
             raise click.UsageError(f"{', '.join(names)} is one arm; a comparison needs two")
-        with refusals():
+        with usage_errors():
             runs.make_folders(jobs.values(), options.out)
             ended: list[Record] = []
             make = functools.partial(
@@ -89,15 +95,15 @@ def compare(
                 out=options.out,
                 driver=driver,
                 arguments=invocation.arguments,
-                again=options.again,
+                rerun=options.rerun,
                 checkpoints=options.checkpoint,
                 compiled={},
             )
             runners = {name: make(job) for name, job in jobs.items()}
-            if until is None:
-                answer = _answer(_run(runners, seeds), asked, anyway, console)
+            if until_half_width is None:
+                answer = _answer(_run(runners, seeds), asked, allow_different_data, console)
             else:
-                answer = _compare_until(runners, until, max_seeds, asked, anyway, console)
+                answer = _compare_until(runners, until_half_width, max_seeds, asked, allow_different_data, console)
     comparison.show(answer, console)
     if json_path:
         records.write_text(json_path, records.dumps(answer))
@@ -107,18 +113,20 @@ def _run(runners, seeds) -> list[Arm]:
     return [Arm(name, tuple(ended)) for name, ended in runs.run_in_turn(runners, seeds).items()]
 
 
-def _answer(arms: Sequence[Arm], question: Question, anyway: bool, console: Console) -> dict[str, Any]:
+def _answer(
+    arms: Sequence[Arm], question: CompareOptions, allow_different_data: bool, console: Console
+) -> dict[str, Any]:
     """Raises ValueError for arms that cannot be compared."""
     try:
         comparison.check_comparable(arms)
     except ValueError as error:
-        if not anyway:
+        if not allow_different_data:
             raise
         console.print(f"warning: {error}", soft_wrap=True)
     return comparison.compare(arms, question)
 
 
-def _compare_until(runners, half_width, max_seeds, question, anyway, console) -> dict[str, Any]:
+def _compare_until(runners, half_width, max_seeds, question, allow_different_data, console) -> dict[str, Any]:
     """Looks after every block, each time at the confidence that leaves the looks together the one asked for."""
     ended: dict[str, tuple[Record, ...]] = {name: () for name in runners}
     count = look = 0
@@ -130,7 +138,7 @@ def _compare_until(runners, half_width, max_seeds, question, anyway, console) ->
             ended[name] += tuple(more)
         arms = [Arm(name, of_arm) for name, of_arm in ended.items()]
         level = stats.confidence_at_look(look, question.confidence)
-        answer = _answer(arms, question._replace(confidence=level), anyway, console)
+        answer = _answer(arms, question._replace(confidence=level), allow_different_data, console)
         widest = max((d["high"] - d["low"]) / 2 for d in answer["differences"])
         console.print(f"look {look}, {count} seeds an arm: +- {widest:.2f} at {100 * level:.2f} %", soft_wrap=True)
         if widest <= half_width or count == max_seeds:
@@ -139,7 +147,7 @@ def _compare_until(runners, half_width, max_seeds, question, anyway, console) ->
             return {**answer, "looks": look, "overall_confidence": question.confidence}
 
 
-def _arms_on_file(invocation: Invocation, names: Sequence[str], options: RunOptions) -> list[Arm]:
+def _arms_on_file(invocation: CliContext, names: Sequence[str], options: RunOptions) -> list[Arm]:
     """Raises ValueError for arms without records or with those of several recipes."""
     changes = any((options.assignments, options.sweeps, options.epochs, options.width, options.dtype))
     data = {"source": options.data, "train": options.limit_train}
@@ -147,7 +155,7 @@ def _arms_on_file(invocation: Invocation, names: Sequence[str], options: RunOpti
     for text in names:
         framework, name, prefix = comparison.parse_arm(text)
         if not changes and "*" not in name:
-            arms.append(comparison.on_file(options.out, text, **data))
+            arms.append(comparison.load_arm(options.out, text, **data))
             continue
         experiments = discover.resolve((name,), invocation.folder)
         for experiment, variant in itertools.product(experiments, variants(options.sweeps)):
@@ -156,7 +164,7 @@ def _arms_on_file(invocation: Invocation, names: Sequence[str], options: RunOpti
                 recipe = change(recipe, assignments, options.epochs, options.width, options.dtype)
                 prefix = recipe.hash
             spelling = f"{framework}:{recipe.name}"
-            found = comparison.on_file(options.out, f"{spelling}@{prefix}" if prefix else spelling, **data)
+            found = comparison.load_arm(options.out, f"{spelling}@{prefix}" if prefix else spelling, **data)
             arms.append(found._replace(name=comparison.arm_name(framework, recipe.name, variant)))
     arms = list({arm.name: arm for arm in arms}.values())
     if len(arms) < 2:
@@ -164,7 +172,7 @@ def _arms_on_file(invocation: Invocation, names: Sequence[str], options: RunOpti
     return arms
 
 
-@click.command()
+@click.command("match-epochs")
 @click.argument("base")
 @click.argument("other")
 @seeds_option("4")
@@ -173,8 +181,8 @@ def _arms_on_file(invocation: Invocation, names: Sequence[str], options: RunOpti
 @click.option("--metric", type=click.Choice(ACCURACIES), default="tta_accuracy", show_default=True)
 @json_option
 @click.pass_obj
-def trade(
-    invocation: Invocation,
+def match_epochs(
+    invocation: CliContext,
     base: str,
     other: str,
     seeds: range,
@@ -196,7 +204,7 @@ def trade(
 
     def arm_of(name, job):
         job = job._replace(arm=name)
-        make = functools.partial(runs.make_runner, again=options.again, checkpoints=options.checkpoint)
+        make = functools.partial(runs.make_runner, rerun=options.rerun, checkpoints=options.checkpoint)
         runner = make(job, ended, console, options.out, driver, invocation.arguments)
         return Arm(name, tuple(map(runner, seeds)))
 
@@ -211,13 +219,13 @@ def trade(
                 return
             yield (
                 recipe.num_epochs,
-                arm_of(f"{name}, {recipe.num_epochs} epochs", job._replace(recipe=recipe, as_published=False)),
+                arm_of(f"{name}, {recipe.num_epochs} epochs", job._replace(recipe=recipe, matches_published=False)),
             )
 
-    with refusals():
-        question = Question(metric=metric)
+    with usage_errors():
+        question = CompareOptions(metric=metric)
         on_row = lambda row: console.print(comparison.verdict(row["difference"], "points", False), soft_wrap=True)
-        found = trading.trade(arm_of(base_name, base_job), falling(), question, on_row)
-    trading.show(found, console)
+        found = matching.match_epochs(arm_of(base_name, base_job), falling(), question, on_row)
+    matching.show(found, console)
     if json_path:
         records.write_text(json_path, records.dumps(found))

@@ -77,7 +77,7 @@ def size_of(recipe: Recipe, num_classes: int) -> Size:
     model = recipe.model(num_classes, "float32")  # of no consequence here
     images = jax.ShapeDtypeStruct((recipe.batch_size, 32, 32, 3), jnp.float32)
     variables = jax.eval_shape(model.init, jax.eval_shape(lambda: jax.random.key(0)), images)
-    trained, frozen = (sum(leaf.size for leaf in jax.tree.leaves(variables[name])) for name in ("params", "frozen"))
+    trained, frozen = (sum(leaf.size for leaf in jax.tree.leaves(variables[name])) for name in ("params", "constants"))
     return Size(trained, frozen, sum(jax.tree.leaves(model.macs(variables, images))))
 
 

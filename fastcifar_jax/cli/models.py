@@ -9,9 +9,9 @@ from sklearn.metrics import confusion_matrix
 
 from fastcifar_jax.analysis.calibration import measure
 from fastcifar_jax.cli import console as report
-from fastcifar_jax.cli.options import Invocation, json_option, refusals
+from fastcifar_jax.cli.options import CliContext, json_option, usage_errors
 from fastcifar_jax.data.load import load
-from fastcifar_jax.data.readers import DataError, bounded_bytes, decode_image, faults_of
+from fastcifar_jax.data.readers import DataError, as_data_error, bounded_bytes, decode_image
 from fastcifar_jax.ops import conv
 from fastcifar_jax.runs import experiments as discover
 from fastcifar_jax.runs import records
@@ -36,7 +36,7 @@ path_argument = click.argument("path", type=click.Path(path_type=Path))
 @json_option
 @click.pass_obj
 def predict(
-    invocation: Invocation,
+    invocation: CliContext,
     path: Path,
     images: tuple[Path, ...],
     resize: bool,
@@ -45,7 +45,7 @@ def predict(
 ) -> None:
     """Shows the likeliest classes of PNG and JPEG images, by the model at PATH that `run --save` has written."""
     model = _load(invocation, path, recipe_name)
-    with refusals():
+    with usage_errors():
         pixels = np.stack([read_image(image, model.image_shape, resize) for image in images])
         probabilities = model.predict(pixels)
     table = report.make_table("image", *(f"class {i}" for i in range(1, 1 + min(TOP, len(model.classes)))))
@@ -67,7 +67,7 @@ def predict(
 @json_option
 @click.pass_obj
 def evaluate(
-    invocation: Invocation,
+    invocation: CliContext,
     path: Path,
     source: str,
     limit_test: int | None,
@@ -81,7 +81,7 @@ def evaluate(
     """
     model = _load(invocation, path, recipe_name)
     console = report.make_console()
-    with refusals():
+    with usage_errors():
         dataset, info = load(source)
         pixels, labels = (np.asarray(array)[:limit_test] for array in dataset[2:])
         if limit_test and len(labels) < limit_test:
@@ -135,13 +135,13 @@ def read_image(path: Path, shape: tuple[int, int, int], resize: bool) -> np.ndar
     height, width, channels = shape
     if channels != 3:
         raise DataError(f"the model takes images of {channels} channels; image files give three: use its predict")
-    with faults_of(path):
+    with as_data_error(path):
         return decode_image(bounded_bytes(path, MAX_FILE), path, width, height, resize, "resize it, or give --resize")
 
 
-def _load(invocation: Invocation, path: Path, recipe_name: str | None) -> SavedModel:
-    with refusals():
-        conv.tune_process()  # before anything asks JAX for a device
+def _load(invocation: CliContext, path: Path, recipe_name: str | None) -> SavedModel:
+    with usage_errors():
+        conv.configure_cpu()  # before anything asks JAX for a device
         found = discover.resolve((recipe_name,), invocation.folder) if recipe_name else []
         if len(found) > 1:
             raise ValueError(f"{recipe_name} declares {len(found)} recipes; give one")

@@ -21,13 +21,13 @@ from fastcifar_jax.ops.conv import Driver
 from fastcifar_jax.recipe import change, resolve_dtype
 from fastcifar_jax.runs import experiments as discover
 from fastcifar_jax.runs import runner as runs
-from fastcifar_jax.runs.runner import Job
+from fastcifar_jax.runs.runner import RunSpec
 from fastcifar_jax.train import check
 
 MAX_ARMS = 10_000  # of a sweep
 
 
-class Invocation(NamedTuple):
+class CliContext(NamedTuple):
     """What every command knows."""
 
     folder: Path | None  # of the experiments
@@ -46,7 +46,7 @@ class RunOptions(NamedTuple):
     sweeps: tuple[str, ...]
     driver: Driver | None
     out: Path
-    again: bool
+    rerun: bool
     checkpoint: bool
 
 
@@ -76,7 +76,7 @@ def run_options(command: Callable) -> Callable:
     folder = click.Path(file_okay=False, path_type=Path)
     for option in (
         click.option("--checkpoint", is_flag=True, help="Save the state every epoch; go on from it if killed."),
-        click.option("--again", is_flag=True, help="Also run what is on record as finished or diverged."),
+        click.option("--rerun", is_flag=True, help="Also run what is on record as finished or diverged."),
         click.option("--out", type=folder, default="runs", show_default=True, help="Folder of the records."),
         click.option("--driver", type=click.Choice(("python", "scan")), help="The training loop; default by platform."),
         click.option("--sweep", "sweeps", multiple=True, metavar="NAME=V,V", help="An arm for each value; repeats."),
@@ -145,7 +145,7 @@ def seeds_option(default: str | None) -> Callable:
 
 
 @contextlib.contextmanager
-def refusals(name: str = "") -> Iterator[None]:
+def usage_errors(name: str = "") -> Iterator[None]:
     """A ValueError from building a recipe or reading data is the user's to mend: one line instead of a traceback."""
     try:
         yield
@@ -154,8 +154,8 @@ def refusals(name: str = "") -> Iterator[None]:
 
 
 def make_jobs(
-    invocation: Invocation, names: Sequence[str], options: RunOptions, console: Console
-) -> tuple[dict[str, Job], Driver]:
+    invocation: CliContext, names: Sequence[str], options: RunOptions, console: Console
+) -> tuple[dict[str, RunSpec], Driver]:
     """The recipes that arms stand for, changed by the options and checked against their data; and the driver.
 
     Args:
@@ -167,11 +167,11 @@ def make_jobs(
     Raises:
       click.UsageError: names, values or data that cannot be used.
     """
-    with refusals():
-        conv.tune_process()  # before anything asks JAX for a device
+    with usage_errors():
+        conv.configure_cpu()  # before anything asks JAX for a device
     load_once = functools.cache(lambda source: runs.load_data(source, options.limit_train, console))
-    jobs: dict[str, Job] = {}
-    with refusals():
+    jobs: dict[str, RunSpec] = {}
+    with usage_errors():
         parsed = [parse_arm(text) for text in names]
         if options.checkpoint and any(framework == "torch" for framework, _, _ in parsed):
             raise ValueError("torch: arms have no checkpoints; leave out --checkpoint, or run them by themselves")
@@ -181,16 +181,16 @@ def make_jobs(
             for experiment, variant in itertools.product(experiments, variants(options.sweeps)):
                 arm = arm_name(framework, experiment.recipe.name, variant)
                 assignments = (*options.assignments, *variant)
-                with refusals(arm):
+                with usage_errors(arm):
                     recipe = change(experiment.recipe, assignments, options.epochs, options.width, options.dtype)
                 data = load_once(options.data or os.environ.get("FASTCIFAR_DATA") or experiment.data or "cifar10")
-                with refusals(arm):
+                with usage_errors(arm):
                     check(recipe, len(data.info.classes), data.dataset)
                     if twin:
                         twin.make_train(recipe, len(data.info.classes))
                 whole = data.info.source == "cifar10" and options.limit_train is None
-                as_published = whole and recipe == resolve_dtype(experiment.recipe)
-                jobs.setdefault(arm, Job(arm, recipe, experiment.path, as_published, data, twin))
+                matches_published = whole and recipe == resolve_dtype(experiment.recipe)
+                jobs.setdefault(arm, RunSpec(arm, recipe, experiment.path, matches_published, data, twin))
     return jobs, options.driver or conv.default_driver()
 
 

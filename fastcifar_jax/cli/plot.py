@@ -8,12 +8,12 @@ import click
 
 from fastcifar_jax.cli import console as report
 from fastcifar_jax.cli.options import (
-    Invocation,
+    CliContext,
     data_option,
     epochs_option,
     limit_train_option,
-    refusals,
     set_option,
+    usage_errors,
     width_option,
 )
 from fastcifar_jax.models.activations import Celu, Gelu, Relu
@@ -56,12 +56,12 @@ out_option = click.option(
 @out_option
 @click.pass_obj
 def augmentations(
-    invocation: Invocation, name: str, data: str | None, limit_train: int | None, assignments: Sequence[str], out: Path
+    invocation: CliContext, name: str, data: str | None, limit_train: int | None, assignments: Sequence[str], out: Path
 ) -> None:
     """The first 8 training images, as stored and in the first two epochs of recipe NAME (default: baseline)."""
     recipe, loaded = _with_data(invocation, name, assignments, data, limit_train)
     count, epochs = min(8, loaded.info.train), (1, 2)
-    with refusals(recipe.name):
+    with usage_errors(recipe.name):
         pictures = plot_data.augmented(recipe, loaded.dataset, count, epochs)
     titles = [loaded.info.classes[label] for label in loaded.dataset.train_labels[:count]]
     _save(out, plots.augmentations, loaded.dataset.train_images[:count], pictures, epochs, titles)
@@ -76,7 +76,7 @@ def augmentations(
 @out_option
 @click.pass_obj
 def whitening(
-    invocation: Invocation,
+    invocation: CliContext,
     name: str,
     patch: int,
     data: str | None,
@@ -104,12 +104,12 @@ def celu(out: Path) -> None:
 @out_option
 @click.pass_obj
 def schedule(
-    invocation: Invocation, names: Sequence[str], epochs: int | None, assignments: Sequence[str], out: Path
+    invocation: CliContext, names: Sequence[str], epochs: int | None, assignments: Sequence[str], out: Path
 ) -> None:
     """The learning rates of recipes (default: final) over a run on 50,000 images."""
     rates = {}
     for recipe in _recipes(invocation, names or ("final",), assignments, epochs):
-        with refusals():
+        with usage_errors():
             steps_per_epoch = CIFAR10_TRAIN // recipe.batch_size
             rates[recipe.name] = plot_data.learning_rates(recipe, max(1, steps_per_epoch))
     _save(out, plots.schedules, rates)
@@ -125,7 +125,7 @@ def schedule(
 @out_option
 @click.pass_obj
 def bn_dynamics(
-    invocation: Invocation,
+    invocation: CliContext,
     name: str,
     data: str | None,
     limit_train: int | None,
@@ -135,15 +135,15 @@ def bn_dynamics(
     out: Path,
 ) -> None:
     """Trains recipe NAME (default: ghost_norm) and shows scales and biases of its norms after each epoch."""
-    with refusals():
+    with usage_errors():
         plots.new_figure(1, 1)  # nothing is trained where it could not be drawn
-        conv.tune_process()
+        conv.configure_cpu()
     recipe, loaded = _with_data(invocation, name, assignments, data, limit_train, epochs, width)
     records.make_folder(out.parent)
     console = report.make_console()
     on_epoch = lambda row: console.print(f"epoch {row.epoch}: training loss {row.train_loss:.4f}")
     try:
-        with refusals():
+        with usage_errors():
             history = plot_data.norm_history(recipe, len(loaded.info.classes), loaded.dataset, on_epoch)
     except Diverged as error:
         raise click.ClickException(str(error)) from error
@@ -156,7 +156,7 @@ def bn_dynamics(
 @out_option
 def convergence(paths: Sequence[Path], out: Path) -> None:
     """Accuracy against epochs, from records of runs of several lengths: RUNS are folders or files (default: runs)."""
-    with refusals():
+    with usage_errors():
         series = plot_data.lengths_of(_finished_arms(paths))
     _save(out, plots.convergence, series)
 
@@ -166,7 +166,7 @@ def convergence(paths: Sequence[Path], out: Path) -> None:
 @out_option
 def curves(paths: Sequence[Path], out: Path) -> None:
     """Accuracy and loss by epoch, from records: RUNS are folders or files (default: runs)."""
-    with refusals():
+    with usage_errors():
         arms = _finished_arms(paths)
     _save(out, plots.curves, arms)
 
@@ -177,10 +177,10 @@ def curves(paths: Sequence[Path], out: Path) -> None:
 @set_option
 @out_option
 @click.pass_obj
-def network(invocation: Invocation, name: str, width: int | None, assignments: Sequence[str], out: Path) -> None:
+def network(invocation: CliContext, name: str, width: int | None, assignments: Sequence[str], out: Path) -> None:
     """The network of recipe NAME (default: final) for images of 32x32 and 10 classes."""
     [recipe] = _recipes(invocation, (name,), assignments, None, width)
-    with refusals(recipe.name):
+    with usage_errors(recipe.name):
         figure = drawing.draw(graph.graph_of(recipe.model(10, "float32")), recipe.name)
     try:
         _write(out, drawing.render(figure, out.suffix[1:]))
@@ -191,14 +191,14 @@ def network(invocation: Invocation, name: str, width: int | None, assignments: S
 
 
 def _recipes(invocation, names, assignments, epochs=None, width=None) -> list[Recipe]:
-    with refusals():
+    with usage_errors():
         found = discover.resolve(names, invocation.folder)
         return [change(experiment.recipe, assignments, epochs, width, None) for experiment in found]
 
 
 def _with_data(invocation, name, assignments, data, limit_train, epochs=None, width=None) -> tuple[Recipe, LoadedData]:
     """One recipe, and the images that it would be trained on."""
-    with refusals():
+    with usage_errors():
         found = discover.resolve((name,), invocation.folder)
         if len(found) > 1:
             raise click.UsageError(f"{name} stands for {len(found)} recipes; name one")
@@ -216,7 +216,7 @@ def _finished_arms(paths: Sequence[Path]) -> list[plot_data.Arm]:
 
 
 def _save(out: Path, figure: Callable, *arguments) -> None:
-    with refusals():
+    with usage_errors():
         picture = plots.render(figure, *arguments, form=out.suffix[1:])
     _write(out, picture)
 

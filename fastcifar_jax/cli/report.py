@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from fastcifar_jax.cli.options import Invocation, refusals
+from fastcifar_jax.cli.options import CliContext, usage_errors
 from fastcifar_jax.report import html as page
 from fastcifar_jax.report import tables
 from fastcifar_jax.runs import experiments as discover
@@ -22,21 +22,21 @@ from fastcifar_jax.runs import records
     help="Also write the tables as GitHub Markdown.",
 )  # fmt: skip
 @click.option("--against", metavar="ARM", help="What arms are compared with; by default the first of each data set.")
-@click.option("--previous", is_flag=True, help="Each arm against the one above it instead.")
+@click.option("--against-previous", is_flag=True, help="Each arm against the one above it instead.")
 @click.pass_obj
 def report_command(
-    invocation: Invocation,
+    invocation: CliContext,
     runs: tuple[Path, ...],
     out: Path,
     markdown_path: Path | None,
     against: str | None,
-    previous: bool,
+    against_previous: bool,
 ) -> None:
     """Makes one HTML page of records, to be read without network or script.
 
     RUNS are folders of records, as --out of `run` names them, or single records; by default the folder runs.
     """
-    with refusals():
+    with usage_errors():
         found = list(records.gather(runs or (Path("runs"),)).values())
     try:
         experiments = discover.find_experiments(invocation.folder)
@@ -48,7 +48,7 @@ def report_command(
     names = [group.arm.name for group in groups]
     if against is not None and against not in names:
         raise click.UsageError(f"--against {against} is no arm of these records; they are of {', '.join(names)}")
-    differences = tables.differences(groups, against, previous)
+    differences = tables.differences(groups, against, against_previous)
     records.write_text(out, page.html(groups, experiments, differences))
     click.echo(f"{len(found)} records of {len(groups)} arms; page in {out}")
     if markdown_path:

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from fastcifar_jax.analysis.compare import arm_name
 from fastcifar_jax.cli import console as report
-from fastcifar_jax.cli.options import Invocation, json_option, refusals, torch_twin
+from fastcifar_jax.cli.options import CliContext, json_option, torch_twin, usage_errors
 from fastcifar_jax.ops import conv
 from fastcifar_jax.ops.conv import Driver
 from fastcifar_jax.runs import experiments as discover
@@ -21,7 +21,7 @@ from fastcifar_jax.runs import runner as runs
 from fastcifar_jax.runs.experiments import Experiment
 from fastcifar_jax.runs.records import Record
 from fastcifar_jax.runs.reproduce import DIFFERENT, TOLERANCE
-from fastcifar_jax.runs.runner import Job
+from fastcifar_jax.runs.runner import RunSpec
 from fastcifar_jax.train import check
 
 
@@ -40,7 +40,7 @@ from fastcifar_jax.train import check
 @json_option
 @click.pass_obj
 def reproduce_command(
-    invocation: Invocation,
+    invocation: CliContext,
     record: Path,
     data: str | None,
     experiment: str | None,
@@ -57,7 +57,7 @@ def reproduce_command(
     path with --experiment.
     """
     console = report.make_console()
-    with refusals():
+    with usage_errors():
         known = records.read(record)
         check_reproducible(known)
         with _convolutions_of(known):
@@ -74,7 +74,7 @@ def reproduce_command(
     }
     reproduce.show(f"{job.arm}, seed {known.seed}", answer, console)
     if json_path:
-        with refusals():
+        with usage_errors():
             records.write_text(json_path, records.dumps(answer))
     return int(answer["verdict"] == DIFFERENT)
 
@@ -115,20 +115,20 @@ def _experiment(record: Record, name: str | None, folder: Path | None) -> Experi
     return found[0]
 
 
-def _job(record: Record, name: str | None, source: str | None, invocation: Invocation, console: Console) -> Job:
-    conv.tune_process()  # before anything asks JAX for a device
+def _job(record: Record, name: str | None, source: str | None, invocation: CliContext, console: Console) -> RunSpec:
+    conv.configure_cpu()  # before anything asks JAX for a device
     experiment = _experiment(record, name, invocation.folder)
     recipe = reproduce.rebuild(experiment.recipe, record)
     twin = torch_twin() if record.framework == "torch" else None
-    with refusals("" if source else "the data of the record (--data names others)"):
+    with usage_errors("" if source else "the data of the record (--data names others)"):
         data = runs.load_data(source or record.data["source"], record.data["train"], console)
     check(recipe, len(data.info.classes), data.dataset)
     if twin:
         twin.make_train(recipe, len(data.info.classes))
-    return Job(arm_name(record.framework, recipe.name), recipe, experiment.path, False, data, twin)
+    return RunSpec(arm_name(record.framework, recipe.name), recipe, experiment.path, False, data, twin)
 
 
-def _run(job: Job, known: Record, invocation: Invocation, console: Console) -> Record:
+def _run(job: RunSpec, known: Record, invocation: CliContext, console: Console) -> Record:
     ended: list[Record] = []
     with tempfile.TemporaryDirectory() as folder:
         driver: Driver = "scan" if known.driver == "scan" else "python"

@@ -122,7 +122,7 @@ def _read_tfds(name, data_dir=None):
     if not builder.data_path.exists():  # it appears at once, when all is written
         _prepare(builder)
         builder = _builder(tfds, name, data_dir)
-    with readers.faults_of(f"{name} in {builder.data_dir}"):
+    with readers.as_data_error(f"{name} in {builder.data_dir}"):
         splits = list(builder.info.splits)
         test = "test" if "test" in splits else "validation"
         if "train" not in splits or test not in splits:
@@ -181,7 +181,7 @@ def _prepare(builder):
         files = ", ".join(info.filename for info in urls.values())
         # One attempt here, because tfds itself would make ten before it gives up.
         _open(next(iter(urls)), f"fetch {files} by hand into {builder.data_dir_root / 'downloads' / 'manual'}").close()
-    with contextlib.redirect_stdout(sys.stderr), readers.faults_of(builder.name):
+    with contextlib.redirect_stdout(sys.stderr), readers.as_data_error(builder.name):
         builder.download_and_prepare(file_format="array_record")
 
 

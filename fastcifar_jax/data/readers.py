@@ -50,7 +50,7 @@ def read(path: Path) -> tuple[Dataset, tuple[str, ...]]:
     Raises:
       DataError: there is nothing at `path`, it is of no known kind, or it is damaged.
     """
-    with faults_of(path):
+    with as_data_error(path):
         if path.is_dir():
             return _read_folder(path)
         if not path.is_file():
@@ -63,7 +63,7 @@ def read(path: Path) -> tuple[Dataset, tuple[str, ...]]:
 
 
 @contextlib.contextmanager
-def faults_of(name):
+def as_data_error(name):
     """Turns every error of the parsers into a DataError about the file `name`."""
     try:
         yield
@@ -143,7 +143,7 @@ def _read_tar(path):
 def tar_members(file, name) -> dict[str, bytes]:
     """The contents of a CIFAR archive, compressed or not, by file name without folder; nothing touches the disk."""
     members = {}
-    with faults_of(name):
+    with as_data_error(name):
         compressed = file.read(2) == b"\x1f\x8b"
         file.seek(0)
         stream = _Bounded(gzip.GzipFile(fileobj=file) if compressed else file, name)
@@ -187,14 +187,14 @@ def _read_batches(layout, present, take: Callable[[str], bytes], where):
         raise DataError(f"{where} lacks {', '.join(missing)}; fetch the whole release again")
     classes = tuple(str(label) for label in range(layout.classes))
     if layout.names in present:
-        with faults_of(f"{where}: {layout.names}"):
+        with as_data_error(f"{where}: {layout.names}"):
             classes = _class_names(take(layout.names), layout, f"{where}: {layout.names}")
     digests: dict[str, str] = {}
 
     def split(names):
         parts = []
         for name in names:
-            with faults_of(f"{where}: {name}"):
+            with as_data_error(f"{where}: {name}"):
                 data = take(name)
                 digest = hashlib.sha256(data).digest()
                 if digest in digests:
@@ -339,7 +339,7 @@ def _read_images(path):
         order = np.random.default_rng(0).permutation(len(files))
         images = np.empty((len(files), 32, 32, 3), np.uint8)
         for row, i in zip(images, order, strict=True):
-            with faults_of(files[i][0]):
+            with as_data_error(files[i][0]):
                 row[...] = decode_image(bounded_bytes(files[i][0], MAX_IMAGE), files[i][0])
         arrays += [images, np.array([files[i][1] for i in order], np.int32)]
     return Dataset(*arrays), classes
@@ -360,7 +360,7 @@ def decode_image(
 
     Raises:
       DataError: an image of another size, or one with too many pixels.
-      Exception: of any kind, from the decoder: call it within `faults_of`.
+      Exception: of any kind, from the decoder: call it within `as_data_error`.
     """
     from PIL import Image, ImageOps  # only this kind of data needs pillow
 

@@ -31,7 +31,8 @@ def unpickle(data: bytes) -> dict:
       The dictionary, its keys as strings whichever Python wrote them, its arrays as views of bytes.
 
     Raises:
-      Exception: of any kind, from the parser or for a pickle that asks for anything else: call it within `faults_of`.
+      Exception: of any kind, from the parser or for a pickle that asks for anything else: call it
+        within `as_data_error`.
     """
     memo, tuples, again, previous = 0, set(), 0, ""
     for count, (opcode, arg, _) in enumerate(pickletools.genops(data)):  # also checks that every length named is there

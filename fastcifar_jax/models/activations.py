@@ -15,7 +15,7 @@ from jaxtyping import Array
 class Relu:
     """`max(x, 0)`."""
 
-    NEVER_FALLS: ClassVar = True
+    MONOTONIC: ClassVar = True
 
     def __call__(self, x: Array) -> Array:
         """Elementwise."""
@@ -28,7 +28,7 @@ class Celu:
 
     alpha: float = 0.3
 
-    NEVER_FALLS: ClassVar = True
+    MONOTONIC: ClassVar = True
     TUNABLE: ClassVar = ("alpha",)
 
     def __post_init__(self):

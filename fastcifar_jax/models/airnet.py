@@ -11,7 +11,15 @@ from jaxtyping import Array, PRNGKeyArray
 
 from fastcifar_jax.models.activations import Gelu
 from fastcifar_jax.models.base import PRECISIONS, Model, Precision
-from fastcifar_jax.models.layers import Conv, GhostBatchNorm, Norm, dirac, linear_head, linen_model, torch_uniform
+from fastcifar_jax.models.layers import (
+    BatchNormConfig,
+    Conv,
+    GhostBatchNorm,
+    dirac,
+    linear_head,
+    linen_model,
+    torch_uniform,
+)
 from fastcifar_jax.models.whitening import whitening_filters
 from fastcifar_jax.ops.conv import conv
 from fastcifar_jax.ops.max_pool import max_pool
@@ -44,7 +52,7 @@ class AirNet:
     channels: tuple[int, int, int] = (64, 256, 256)
     convs: int = 2
     activation: Callable[[Array], Array] = Gelu()
-    norm: Norm = Norm(train_scale=False, momentum=0.6, eps=1e-12)
+    norm: BatchNormConfig = BatchNormConfig(train_scale=False, momentum=0.6, eps=1e-12)
     whiten_eps: float = 5e-4
     whiten_bias: WhitenBias = "zeros"
     dirac: bool = True
@@ -97,7 +105,7 @@ class _Whiten(nn.Module):
             filters = whitening_filters(images.astype(precision.params), 2, self.config.whiten_eps)
             return jnp.concatenate([filters, -filters], axis=3)
 
-        kernel = self.variable("frozen", "kernel", make).value
+        kernel = self.variable("constants", "kernel", make).value
         x = conv(images.astype(precision.activations), kernel, precision.operands, "VALID")
         self.sow("macs", "macs", x.shape[1] * x.shape[2] * kernel.size)
         bound = kernel[..., 0].size ** -0.5 if self.config.whiten_bias == "uniform" else 0.0

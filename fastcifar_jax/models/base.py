@@ -9,7 +9,7 @@ from jaxtyping import PRNGKeyArray
 
 from fastcifar_jax.types import Images, Logits, Params
 
-Variables = dict[str, Params]  # the collections "params", "frozen" and "batch_stats"
+Variables = dict[str, Params]  # the collections "params", "constants" and "batch_stats"
 
 
 class Precision(NamedTuple):
@@ -36,7 +36,7 @@ class Model(NamedTuple):
     Attributes:
       init: `(key, images) -> variables`; the images are normalised training images, which whitening learns from.
       apply: `(variables, images, train) -> (logits, batch_stats)`; logits have the dtype of the weights.
-      enter_evaluation: `batch_stats -> batch_stats`, called when the copy of the network that is evaluated leaves
+      finalize_batch_stats: `batch_stats -> batch_stats`, called when the copy of the network that is evaluated leaves
         training; the identity for most.
       macs: `(variables, images) -> nested dict` of the multiply-accumulates of one image's forward pass, layer by
         layer; evaluates shapes only.
@@ -48,7 +48,7 @@ class Model(NamedTuple):
 
     init: Callable[[PRNGKeyArray, Images], Variables]
     apply: Callable[[Variables, Images, bool], tuple[Logits, Params]]
-    enter_evaluation: Callable[[Params], Params]
+    finalize_batch_stats: Callable[[Params], Params]
     macs: Callable[[Variables, Images | jax.ShapeDtypeStruct], dict[str, Any]]
     num_groups: int = 1
     split: Callable[[str], "Model"] | None = None

@@ -17,7 +17,7 @@ from fastcifar_jax.types import Images, Logits
 
 
 @dataclasses.dataclass(frozen=True)
-class Norm:
+class BatchNormConfig:
     """Batch norm over groups of a batch (sections 1.3 to 1.5 of the specification).
 
     Attributes:
@@ -25,38 +25,38 @@ class Norm:
       train_scale: False keeps the scales at 1, outside the trained parameters.
       momentum: share of the running statistics that a step keeps (1 minus PyTorch's momentum).
       eps: added to the variance.
-      faithful: evaluate with group 0's running statistics as the original does under an EMA, instead of the mean
-        over the groups.
+      eval_first_group: evaluate with group 0's running statistics, as the original does under an EMA, instead of the
+        mean over the groups.
     """
 
     num_groups: int = 1
     train_scale: bool = True
     momentum: float = 0.9
     eps: float = 1e-5
-    faithful: bool = False
+    eval_first_group: bool = False
 
     TUNABLE: ClassVar = ("momentum", "eps")
 
     def __post_init__(self):
         if self.num_groups < 1 or not 0 <= self.momentum < 1 or not self.eps > 0:
             raise ValueError(
-                f"Norm has num_groups {self.num_groups}, momentum {self.momentum}, eps {self.eps}; "
+                f"BatchNormConfig has num_groups {self.num_groups}, momentum {self.momentum}, eps {self.eps}; "
                 "expected num_groups >= 1, 0 <= momentum < 1, eps > 0"
             )
 
 
-def linen_model(net: nn.Module, norm: Norm) -> Model:
+def linen_model(net: nn.Module, norm: BatchNormConfig) -> Model:
     """The functions of a Linen module that is called with `(images, train)` and can be cloned with an `axis_name`.
 
     Args:
-      net: keeps its arrays in the collections "params", "frozen" and "batch_stats" and sows multiply-accumulates in
+      net: keeps its arrays in the collections "params", "constants" and "batch_stats" and sows multiply-accumulates in
         "macs".
       norm: of its batch norms.
     """
 
     def init(key, images):
         variables = net.init(key, images, train=False)  # so that any number of images will do
-        return {name: variables.get(name, {}) for name in ("params", "frozen", "batch_stats")}
+        return {name: variables.get(name, {}) for name in ("params", "constants", "batch_stats")}
 
     def apply(variables, images, train):
         if not train:
@@ -64,10 +64,10 @@ def linen_model(net: nn.Module, norm: Norm) -> Model:
         logits, updated = net.apply(variables, images, train=True, mutable=["batch_stats"])
         return logits, updated["batch_stats"]
 
-    def enter_evaluation(batch_stats):
-        # The mean over groups is linear, as are the running statistics, so without `faithful` it makes no
+    def finalize_batch_stats(batch_stats):
+        # The mean over groups is linear, as are the running statistics, so without `eval_first_group` it makes no
         # difference whether the merged values are written back; evaluation takes the mean.
-        return jax.tree.map(_merge_groups, batch_stats) if norm.faithful else batch_stats
+        return jax.tree.map(_merge_groups, batch_stats) if norm.eval_first_group else batch_stats
 
     def macs(variables, images):
         found = {}
@@ -81,7 +81,7 @@ def linen_model(net: nn.Module, norm: Norm) -> Model:
     def split(axis_name):
         return linen_model(net.clone(axis_name=axis_name), norm)
 
-    return Model(init, apply, enter_evaluation, macs, norm.num_groups, split)
+    return Model(init, apply, finalize_batch_stats, macs, norm.num_groups, split)
 
 
 def _merge_groups(statistics: Array) -> Array:
@@ -140,7 +140,7 @@ class GhostBatchNorm(nn.Module):
       pool: size of the windows of a max-pool that follows, or None.
     """
 
-    config: Norm
+    config: BatchNormConfig
     precision: Precision
     axis_name: str | None = None
     pool: tuple[int, int] | None = None
@@ -154,13 +154,13 @@ class GhostBatchNorm(nn.Module):
         if config.train_scale:
             scale = self.param("scale", lambda _: ones())
         else:
-            scale = self.variable("frozen", "scale", ones).value
+            scale = self.variable("constants", "scale", ones).value
         bias = self.param("bias", nn.initializers.zeros, (channels,), dtype)
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, (groups, channels), dtype)
         running_var = self.variable("batch_stats", "var", jnp.ones, (groups, channels), dtype)
 
         if not train:
-            merge = (lambda s: s[0]) if config.faithful else (lambda s: s.mean(0))
+            merge = (lambda s: s[0]) if config.eval_first_group else (lambda s: s.mean(0))
             mean, var = merge(running_mean.value), merge(running_var.value)
             weight = scale / jnp.sqrt(var + config.eps)
             y = ((x.astype(dtype) - _over_maps(mean)) * _over_maps(weight) + _over_maps(bias)).astype(x.dtype)

@@ -9,7 +9,15 @@ from jaxtyping import Array
 
 from fastcifar_jax.models.activations import Relu
 from fastcifar_jax.models.base import PRECISIONS, Model, Precision
-from fastcifar_jax.models.layers import Conv, GhostBatchNorm, Norm, dirac, linear_head, linen_model, torch_uniform
+from fastcifar_jax.models.layers import (
+    BatchNormConfig,
+    Conv,
+    GhostBatchNorm,
+    dirac,
+    linear_head,
+    linen_model,
+    torch_uniform,
+)
 from fastcifar_jax.models.whitening import whitening_filters
 from fastcifar_jax.ops.conv import conv
 from fastcifar_jax.ops.max_pool import max_pool
@@ -38,7 +46,7 @@ class ResNet9:
     channels: tuple[int, int, int, int] = (64, 128, 256, 512)
     pool_order: PoolOrder = "conv_norm_act_pool"
     activation: Callable[[Array], Array] = Relu()
-    norm: Norm = Norm()
+    norm: BatchNormConfig = BatchNormConfig()
     whiten: bool = False
     whiten_eps: float = 1e-2
     output_scale: float = 1 / 8
@@ -81,7 +89,7 @@ class _Whiten(nn.Module):
     @nn.compact
     def __call__(self, images):
         make = lambda: whitening_filters(images.astype(self.precision.params), 3, self.eps)
-        kernel = self.variable("frozen", "kernel", make).value
+        kernel = self.variable("constants", "kernel", make).value
         self.sow("macs", "macs", images.shape[1] * images.shape[2] * kernel.size)
         return conv(images.astype(self.precision.activations), kernel, self.precision.operands)
 
@@ -100,7 +108,7 @@ class _Block(nn.Module):
     def __call__(self, x, train):
         order = self.config.pool_order if self.pool else "conv_norm_act"
         # A function that never falls can change places with a maximum, and a norm then takes the pool along.
-        never_falls = getattr(self.config.activation, "NEVER_FALLS", False)
+        never_falls = getattr(self.config.activation, "MONOTONIC", False)
         joined = order == "conv_norm_pool_act" or (order == "conv_norm_act_pool" and never_falls)
         order = "conv_norm_act" if joined else order
         for layer in order.split("_"):

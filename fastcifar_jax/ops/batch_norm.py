@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from fastcifar_jax.ops.max_pool import pool_and_first, spread_to_first
+from fastcifar_jax.ops.max_pool import max_pool_with_argmax, scatter_to_argmax
 from fastcifar_jax.types import Images
 
 Statistics = Float[Array, "groups channels"]
@@ -97,14 +97,14 @@ normalize_groups.defvjp(_normalize_and_residuals, _gradients)
 
 def _pooled_and_residuals(x, scale, bias, num_groups, eps, size, axis_name):
     (y, mean, variance), residuals = _normalize_and_residuals(x, scale, bias, num_groups, eps, axis_name)
-    pooled, first = pool_and_first(y, size)
+    pooled, first = max_pool_with_argmax(y, size)
     return (pooled, mean, variance), (*residuals, first)
 
 
 def _gradients_through_pool(num_groups, size, axis_name, residuals, cotangents):
     x, *rest, first = residuals
     cotangent = cotangents[0].astype(rest[0].dtype)
-    spread = spread_to_first(first, cotangent, size)
+    spread = scatter_to_argmax(first, cotangent, size)
     maps = x.astype(rest[0].dtype).reshape(spread.shape)
     to_x, *others = _gradients_of_maps(maps, spread, cotangent, num_groups, *rest, axis_name)
     return to_x.reshape(x.shape).astype(x.dtype), *others

@@ -34,7 +34,7 @@ from fastcifar_jax.ops import onednn_check
 from fastcifar_jax.types import Images
 
 Kernel = Float[Array, "height width inputs outputs"]
-Way = Literal["lax", "onednn"]
+ConvBackend = Literal["lax", "onednn"]
 Driver = Literal["python", "scan"]  # of the training loop
 Padding = tuple[int, int]  # zeros above and below, and left and right
 
@@ -47,7 +47,7 @@ _BESIDE = 16  # as many of them
 _GAP = 2**30  # bytes of address space for what is small
 
 
-def way() -> tuple[Way, str]:
+def conv_backend() -> tuple[ConvBackend, str]:
     """How convolutions are computed here, and why in a few words.
 
     `FASTCIFAR_CONV=lax|onednn` forces a way, without a trial.
@@ -57,7 +57,7 @@ def way() -> tuple[Way, str]:
     """
     forced = os.environ.get("FASTCIFAR_CONV")
     if forced in ("lax", "onednn"):
-        return cast(Way, forced), f"forced by FASTCIFAR_CONV={forced}"
+        return cast(ConvBackend, forced), f"forced by FASTCIFAR_CONV={forced}"
     if forced:
         raise ValueError(f"FASTCIFAR_CONV is {forced!r}; set it to lax or onednn, or unset it")
     if jax.default_backend() != "cpu":
@@ -68,7 +68,7 @@ def way() -> tuple[Way, str]:
 
 
 @functools.cache
-def _tried() -> tuple[Way, str]:
+def _tried() -> tuple[ConvBackend, str]:
     works, reason = onednn_check.outcome()
     return ("onednn", reason) if works else ("lax", reason)
 
@@ -95,7 +95,7 @@ def conv(
         margin = (0, 0)
     if any(side + 2 * edge < taps for side, edge, taps in zip(x.shape[1:3], margin, size, strict=True)):
         raise ValueError(f"a kernel of {size[0]}x{size[1]} does not fit into maps of {x.shape[1]}x{x.shape[2]}")
-    use_onednn = _fits(x, kernel, dtype) and way()[0] == "onednn"
+    use_onednn = _fits(x, kernel, dtype) and conv_backend()[0] == "onednn"
     if use_onednn or dtype != x.dtype:
         return _conv(x, kernel, margin, dtype, use_onednn)
     return _lax_conv(x, kernel.astype(dtype), margin)
@@ -128,7 +128,7 @@ def _conv_and_residuals(x, kernel, padding, dtype, use_onednn):
 
 def _gradients_of_conv(padding, dtype, use_onednn, residuals, cotangent):
     x, kernel = residuals
-    to_x = _conv(cotangent, _turned(kernel), _turned_padding(kernel, padding), dtype, use_onednn)
+    to_x = _conv(cotangent, _transposed_kernel(kernel), _transposed_padding(kernel, padding), dtype, use_onednn)
     to_kernel = _weight_gradient(x, cotangent, padding, dtype, use_onednn)
     return to_x, to_kernel.astype(kernel.dtype)
 
@@ -153,8 +153,8 @@ def _weight_gradient_and_residuals(x, cotangent, padding, dtype, use_onednn):
 
 def _gradients_of_weight_gradient(padding, dtype, use_onednn, residuals, kernel):
     x, cotangent = residuals
-    turned = _turned_padding(kernel, padding)
-    to_x = _conv(cotangent.astype(kernel.dtype), _turned(kernel), turned, dtype, use_onednn)
+    turned = _transposed_padding(kernel, padding)
+    to_x = _conv(cotangent.astype(kernel.dtype), _transposed_kernel(kernel), turned, dtype, use_onednn)
     to_cotangent = _conv(x.astype(kernel.dtype), kernel, padding, dtype, use_onednn)
     return to_x.astype(x.dtype), to_cotangent.astype(cotangent.dtype)
 
@@ -162,12 +162,12 @@ def _gradients_of_weight_gradient(padding, dtype, use_onednn, residuals, kernel)
 _weight_gradient.defvjp(_weight_gradient_and_residuals, _gradients_of_weight_gradient)
 
 
-def _turned(kernel):
+def _transposed_kernel(kernel):
     """The kernel of the gradient with respect to the input: turned by 180 degrees, inputs and outputs exchanged."""
     return kernel[::-1, ::-1].swapaxes(2, 3)
 
 
-def _turned_padding(kernel, padding):
+def _transposed_padding(kernel, padding):
     return tuple(taps - 1 - edge for taps, edge in zip(kernel.shape[:2], padding, strict=True))
 
 
@@ -280,7 +280,7 @@ def default_driver() -> Driver:
 
     See jax issue 12868 and `benchmarks/drivers.py`.
     """
-    return "python" if jax.default_backend() == "cpu" and way()[0] == "lax" else "scan"
+    return "python" if jax.default_backend() == "cpu" and conv_backend()[0] == "lax" else "scan"
 
 
 def default_dtype() -> str:
@@ -288,7 +288,7 @@ def default_dtype() -> str:
 
     The comparison is in the README, "On a CPU". No GPU was measured: float32 there.
     """
-    return "mixed" if way()[0] == "onednn" and _multiplies_bfloat16() else "float32"
+    return "mixed" if conv_backend()[0] == "onednn" and _multiplies_bfloat16() else "float32"
 
 
 def _multiplies_bfloat16() -> bool:
@@ -307,12 +307,12 @@ def _cpu_flags() -> set[str]:
         return set()
 
 
-def waits_are_cheap() -> bool:
+def can_sync_each_step() -> bool:
     """Whether a loop may wait for every step: a CPU has nothing to run ahead of, an accelerator would stand idle."""
     return jax.default_backend() == "cpu"
 
 
-def tune_process() -> None:
+def configure_cpu() -> None:
     """Settings of the whole process that convolutions on a CPU want; call it before anything asks JAX for a device.
 
     * Freed memory is kept, see `keep_freed_memory`.
@@ -320,7 +320,7 @@ def tune_process() -> None:
       would try and warn at every start.
     """
     keep_freed_memory()  # first: asking for the backend starts XLA's threads
-    if way()[0] == "onednn":
+    if conv_backend()[0] == "onednn":
         jax.config.update("jax_enable_compilation_cache", False)
 
 

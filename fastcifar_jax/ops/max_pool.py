@@ -23,7 +23,9 @@ def max_pool(x: Images, size: tuple[int, int]) -> Images:
     return functools.reduce(jnp.maximum, _corners(x, size))
 
 
-def pool_and_first(x: Images, size: tuple[int, int]) -> tuple[Images, UInt8[Array, "batch height width channels"]]:
+def max_pool_with_argmax(
+    x: Images, size: tuple[int, int]
+) -> tuple[Images, UInt8[Array, "batch height width channels"]]:
     """The maxima, and the place of the first one in each window, counted in row-major order."""
     y = max_pool(x, size)
     first = jnp.full(y.shape, len(_corners(x, size)) - 1, jnp.uint8)
@@ -32,13 +34,13 @@ def pool_and_first(x: Images, size: tuple[int, int]) -> tuple[Images, UInt8[Arra
     return y, first
 
 
-def spread_to_first(
+def scatter_to_argmax(
     first: UInt8[Array, "batch height width channels"], cotangent: Images, size: tuple[int, int]
 ) -> Float[Array, "batch rows height columns width channels"]:
     """The gradient of the windows, [batch, rows, height, columns, width, channels]: the cotangent, and zeros.
 
     Args:
-      first: of `pool_and_first`.
+      first: of `max_pool_with_argmax`.
       cotangent: of the maxima.
       size: height and width of the windows.
     """
@@ -48,14 +50,14 @@ def spread_to_first(
 
 
 def _pool_and_residuals(x, size):
-    y, first = pool_and_first(x, size)
+    y, first = max_pool_with_argmax(x, size)
     return y, (first, jnp.zeros((0, *x.shape[1:3])))  # an empty array that carries the map's size
 
 
 def _gradient(size, residuals, cotangent):
     first, map_of_x = residuals
     (height, width), (batch, rows, columns, channels) = size, cotangent.shape
-    spread = spread_to_first(first, cotangent, size).reshape(batch, rows * height, columns * width, channels)
+    spread = scatter_to_argmax(first, cotangent, size).reshape(batch, rows * height, columns * width, channels)
     missing = (map_of_x.shape[1] - spread.shape[1], map_of_x.shape[2] - spread.shape[2])
     if any(missing):
         spread = jnp.pad(spread, ((0, 0), (0, missing[0]), (0, missing[1]), (0, 0)))

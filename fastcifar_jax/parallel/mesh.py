@@ -19,7 +19,7 @@ from fastcifar_jax.ops.batch_norm import whole_groups
 from fastcifar_jax.ops.conv import Driver, compiler_options
 from fastcifar_jax.parallel.hosts import place
 from fastcifar_jax.recipe import Recipe, resolve_dtype
-from fastcifar_jax.train import Programs, make_functions, shapes_of, with_values
+from fastcifar_jax.train import CompiledRun, make_functions, shapes_of, with_values
 from fastcifar_jax.tunable import tunable
 from fastcifar_jax.types import Dataset, TrainState
 
@@ -62,7 +62,7 @@ def raw_keys(seeds: Sequence[int], mesh: Mesh) -> UInt32[Array, "seeds words"]:
 
 def compile_for_mesh(
     recipe: Recipe, num_classes: int, dataset: Dataset, driver: Driver, strategy: Strategy, mesh: Mesh, each: int
-) -> Programs:
+) -> CompiledRun:
     """The programs of `train.compile_programs` for states with a leading axis of seeds, spread over a mesh.
 
     `init` and `plan` take the raw key data of the seeds instead of a key.
@@ -152,18 +152,18 @@ def compile_for_mesh(
             return state, sums
 
     def entering(epoch):
-        enter = jax.vmap(lambda state: functions.enter_evaluation(state, epoch))
+        enter = jax.vmap(lambda state: functions.finalize_batch_stats(state, epoch))
         return jax.jit(enter, in_shardings=(lies(training),), out_shardings=lies(training)).lower(state).compile()
 
     specs = {"in_specs": (one, shared, shared), "out_specs": one}
     program_to_init = compiled(init, (raw, dataset, values), **specs, lie_out=training)
     program_to_evaluate = compiled(evaluate, (state, dataset, values), **specs, lie_in=(training, shared, shared))
     first, later = entering(1), entering(2)  # all that the epoch's number matters for
-    return Programs(
+    return CompiledRun(
         init=lambda values, raw, dataset: program_to_init(raw, dataset, values),
         plan=compiled(plan_epoch, (raw, index, dataset), (one, shared, shared), one),
         train_epoch=train_epoch,
-        enter_evaluation=lambda state, epoch: (first if epoch == 1 else later)(state),
+        finalize_batch_stats=lambda state, epoch: (first if epoch == 1 else later)(state),
         evaluate=lambda values, state, dataset: program_to_evaluate(state, dataset, values),
         steps_per_epoch=len(dataset.train_labels) // recipe.batch_size,
     )

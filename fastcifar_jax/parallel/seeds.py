@@ -29,7 +29,7 @@ from fastcifar_jax.parallel.hosts import gather, place, require_agreement, to_ho
 from fastcifar_jax.parallel.mesh import Strategy, compile_for_mesh, make_mesh, raw_keys, spread_over
 from fastcifar_jax.recipe import Recipe, resolve_dtype
 from fastcifar_jax.schedules import count_steps
-from fastcifar_jax.train import Diverged, Programs, make_train, steps_of_epochs
+from fastcifar_jax.train import CompiledRun, Diverged, make_train, steps_of_epochs
 from fastcifar_jax.tunable import program_key, tunable
 from fastcifar_jax.types import Dataset, EpochInfo, RunResult
 
@@ -44,7 +44,7 @@ def make_train_seeds(
     driver: Driver | None = None,
     at_once: int | None = None,
     keep_states: bool = True,
-    compiled: dict[tuple, Programs] | None = None,
+    compiled: dict[tuple, CompiledRun] | None = None,
 ) -> Callable[..., list[Outcome]]:
     """The runs of many seeds as a function of the seeds and a data set; compiled once for all of them.
 
@@ -95,7 +95,7 @@ def make_train_seeds(
         on_compiled: Callable[[float], None] | None = None,
     ) -> list[Outcome]:
         seeds = list(seeds)
-        require_agreement((resolve_dtype(recipe), seeds, strategy, driver, at_once, conv.way()[0]), dataset)
+        require_agreement((resolve_dtype(recipe), seeds, strategy, driver, at_once, conv.conv_backend()[0]), dataset)
         rows = mesh.shape["seed"]
         each = 1 if strategy == "loop" else max(1, min(at_once or len(seeds), -(-len(seeds) // rows)))
         dataset = place(dataset, spread_over(mesh))
@@ -154,7 +154,7 @@ def _make_loops(recipe, num_classes, mesh, driver, keep_states):
 
     def train_seeds(seeds, dataset, on_seed=None, on_epoch=None, on_compiled=None):
         seeds = list(seeds)
-        require_agreement((resolve_dtype(recipe), seeds, "loop", driver, conv.way()[0]), dataset)
+        require_agreement((resolve_dtype(recipe), seeds, "loop", driver, conv.conv_backend()[0]), dataset)
         copies = {device: jax.device_put(dataset, device) for device in trains}
         outcomes: dict[int, Outcome] = {}  # position -> outcome
 
@@ -277,7 +277,7 @@ def _train_group(recipe, programs, seeds, keys, dataset, each, compile_seconds, 
             programs.train_epoch(values, state, dataset, plan, epoch, num_steps, None)
         )
         seconds = (time.perf_counter() - start) / each
-        state = programs.enter_evaluation(state, epoch)
+        state = programs.finalize_batch_stats(state, epoch)
         totals, test = to_host((totals, programs.evaluate(values, state, dataset)))
         for i, seed in enumerate(seeds):
             if outcomes[i] is not None:

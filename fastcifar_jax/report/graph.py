@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, jaxprs_in_params
 
 from fastcifar_jax.models.base import Model
-from fastcifar_jax.types import by_path
+from fastcifar_jax.types import flatten_by_path
 
 KINDS = ("images", "convolution", "norm", "activation", "pool", "linear", "join", "other")
 
@@ -74,7 +74,7 @@ def graph_of(model: Model, height: int = 32, width: int = 32, channels: int = 3)
     images = jax.ShapeDtypeStruct((_IMAGES * model.num_groups, height, width, channels), jnp.float32)
     variables = jax.eval_shape(model.init, jax.eval_shape(lambda: jax.random.key(0)), images)
     trace = jax.make_jaxpr(lambda variables, images: model.apply(variables, images, True)[0])(variables, images)
-    arrays = by_path(variables)
+    arrays = flatten_by_path(variables)
     reader = _Reader(images.shape)
     known = {
         var: _Value(statistics=True) if path.startswith("batch_stats/") else _Value(arrays=frozenset((path,)))
@@ -84,7 +84,7 @@ def graph_of(model: Model, height: int = 32, width: int = 32, channels: int = 3)
     outputs = reader.follow(trace.jaxpr, known, (), "")
     layers = reader.layers_before([value.layer for value in outputs if value.layer is not None])
     size = lambda collection: sum(leaf.size for path, leaf in arrays.items() if path.startswith(f"{collection}/"))
-    return Graph(_closed(layers, arrays), size("params"), size("frozen"))
+    return Graph(_closed(layers, arrays), size("params"), size("constants"))
 
 
 class _Value(NamedTuple):
@@ -306,7 +306,7 @@ def _closed(layers: list[_Open], arrays: dict[str, Any]) -> tuple[Layer, ...]:
         new = opened.arrays - counted
         counted |= new
         size = lambda collection, new=new: sum(arrays[path].size for path in new if path.startswith(collection))
-        closed.append(Layer(*named, scope, opened.shape, size("params/"), size("frozen/"), inputs))
+        closed.append(Layer(*named, scope, opened.shape, size("params/"), size("constants/"), inputs))
         place.append((len(closed) - 1,))
     return tuple(closed)
 

@@ -10,11 +10,11 @@ from fastcifar_jax.analysis.compare import values_of
 from fastcifar_jax.cli import console as report
 from fastcifar_jax.report import charts, tables
 from fastcifar_jax.report.charts import Line
-from fastcifar_jax.report.tables import Group, Table, clean, percent, plausible, seconds
+from fastcifar_jax.report.tables import ArmRuns, Table, clean, percent, plausible, seconds
 from fastcifar_jax.runs.experiments import Experiment
 from fastcifar_jax.runs.records import STATUSES, Record
 
-Alike = tuple[str, list[tuple[int, Group]]]  # a data set, and the numbered arms that can be compared on it
+SameData = tuple[str, list[tuple[int, ArmRuns]]]  # a data set, and the numbered arms that can be compared on it
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 # Okabe and Ito's colours, of each pair the one that stands out from the background; shapes and numbers say the same.
@@ -72,7 +72,7 @@ SECTIONS = {
 }
 
 
-def html(groups: Sequence[Group], experiments: Sequence[Experiment], differences: Sequence[Table]) -> str:
+def html(groups: Sequence[ArmRuns], experiments: Sequence[Experiment], differences: Sequence[Table]) -> str:
     """The page.
 
     Args:
@@ -120,7 +120,7 @@ def html(groups: Sequence[Group], experiments: Sequence[Experiment], differences
 """
 
 
-def _ladder(groups: Sequence[Group], experiments: Sequence[Experiment]) -> Iterator[str]:
+def _ladder(groups: Sequence[ArmRuns], experiments: Sequence[Experiment]) -> Iterator[str]:
     yield (
         "<p>Mean of the finished runs with its 95 % interval (Student's t); n of m: so many of m runs finished. "
         "Accuracy is that of the last epoch; training time leaves out compiling and evaluation. Published figures are "
@@ -147,7 +147,7 @@ def _differences(found: Sequence[Table]) -> Iterator[str]:
         yield table_html(table, f"difference-{i}")
 
 
-def _curves(groups: Sequence[Group]) -> Iterator[str]:
+def _curves(groups: Sequence[ArmRuns]) -> Iterator[str]:
     yield (
         "<p>Thick: the mean of the finished runs, at epochs that all of them have. Thin: a run each; those that "
         "diverged or crashed end in a cross and may leave the frame. Without test-time augmentation; the loss is on a "
@@ -179,7 +179,7 @@ def _curves(groups: Sequence[Group]) -> Iterator[str]:
     yield "</div>"
 
 
-def _lines(group: Group, quantity: str) -> list[Line]:
+def _lines(group: ArmRuns, quantity: str) -> list[Line]:
     """The test and the training curve of an arm, of the runs that have points."""
     lines = []
     for name, field in (("test", f"test_{quantity}"), ("training", f"train_{quantity}")):
@@ -206,7 +206,7 @@ def _told(line: Line) -> str:
     return f"{line.name.capitalize()}: {start:.4g} after epoch {first}, {end:.4g} after epoch {last}, on average."
 
 
-def _seeds(by_data: Sequence[Alike]) -> Iterator[str]:
+def _seeds(by_data: Sequence[SameData]) -> Iterator[str]:
     yield (
         "<p>A dot is a finished run, with the test-time augmentation of its recipe; the upright stroke below is the "
         "mean, the line through it the 95 % interval of the mean, which may pass the frame. Arms that saw different "
@@ -226,7 +226,7 @@ def _seeds(by_data: Sequence[Alike]) -> Iterator[str]:
     yield "</div>"
 
 
-def _time(by_data: Sequence[Alike]) -> Iterator[str]:
+def _time(by_data: Sequence[SameData]) -> Iterator[str]:
     yield (
         "<p>Small dots are finished runs; the marker with the arm's number stands at the means, its lines are the "
         "95 % intervals. Better is higher and further left.</p>"
@@ -251,7 +251,7 @@ def _time(by_data: Sequence[Alike]) -> Iterator[str]:
     yield "</div>"
 
 
-def _runs(groups: Sequence[Group]) -> Iterator[str]:
+def _runs(groups: Sequence[ArmRuns]) -> Iterator[str]:
     repeats = sum(len(group.repeats) for group in groups)
     if repeats:
         yield f"<p>{repeats} records repeat a seed of their arm; above, the newest finished one of a seed counts.</p>"
@@ -287,13 +287,13 @@ def _cell(text: str, kind: str) -> str:
     return re.sub(r" (?!\()", "\u00a0", text) if kind == "number" else text
 
 
-def _numbered(groups: Sequence[Group]) -> list[tuple[int, Group]]:
+def _numbered(groups: Sequence[ArmRuns]) -> list[tuple[int, ArmRuns]]:
     return list(enumerate(groups, 1))
 
 
-def _by_data(groups: Sequence[Group]) -> Iterator[Alike]:
+def _by_data(groups: Sequence[ArmRuns]) -> Iterator[SameData]:
     """The arms that have figures to show, data set by data set."""
-    alike: dict[tuple, list[tuple[int, Group]]] = {}
+    alike: dict[tuple, list[tuple[int, ArmRuns]]] = {}
     for number, group in _numbered(groups):
         if all(tables.values(group.arm, metric) for metric in TIME_AND_ACCURACY):
             alike.setdefault(group.data, []).append((number, group))
@@ -301,10 +301,10 @@ def _by_data(groups: Sequence[Group]) -> Iterator[Alike]:
         yield tables.data_text(found[0][1].arm.records[0]), found
 
 
-def _label(number: int, group: Group) -> str:
+def _label(number: int, group: ArmRuns) -> str:
     return f"<b>{number}</b> {escape(group.arm.name)}"
 
 
-def _counts(group: Group) -> str:
+def _counts(group: ArmRuns) -> str:
     counts = {status: sum(record.status == status for record in group.arm.records) for status in STATUSES}
     return ", ".join(f"{count} {status}" for status, count in counts.items() if count)

@@ -18,7 +18,7 @@ from fastcifar_jax.runs import records
 from fastcifar_jax.runs.records import Record
 from fastcifar_jax.schedules import count_steps
 from fastcifar_jax.train import make_train
-from fastcifar_jax.types import Dataset, EpochInfo, by_path
+from fastcifar_jax.types import Dataset, EpochInfo, flatten_by_path
 
 
 def to_pixels(images: np.ndarray, recipe: Recipe) -> np.ndarray:
@@ -44,7 +44,7 @@ def augmented(recipe: Recipe, dataset: Dataset, num_images: int, epochs: Sequenc
 
     def of_epoch(epoch):
         shape = dataset.train_images.shape[:3]
-        plan = plan_epoch(key, jnp.int32(epoch), recipe.choices, recipe.augmentations, *shape)
+        plan = plan_epoch(key, jnp.int32(epoch), recipe.sampling, recipe.augmentations, *shape)
         return augment(images, recipe.augmentations, tuple(choice[:num_images] for choice in plan.choices))
 
     return np.stack([to_pixels(of_epoch(epoch), recipe) for epoch in epochs])
@@ -123,14 +123,14 @@ def norm_history(
     images = jax.ShapeDtypeStruct((1, *dataset.train_images.shape[1:]), jnp.float32)
     model = recipe.model(num_classes, "float32")  # the dtype is of no consequence here
     variables = jax.eval_shape(model.init, jax.eval_shape(lambda: jax.random.key(0)), images)
-    layers = {path.rpartition("/")[0] for path in by_path(variables["batch_stats"])}
-    matches = [re.fullmatch("(.*)/(scale|bias)", path) for path in by_path(variables["params"])]
+    layers = {path.rpartition("/")[0] for path in flatten_by_path(variables["batch_stats"])}
+    matches = [re.fullmatch("(.*)/(scale|bias)", path) for path in flatten_by_path(variables["params"])]
     history: dict[str, list[np.ndarray]] = {match[0]: [] for match in matches if match and match[1] in layers}
     if not history:
         raise ValueError(f"{recipe.name}: its network has no batch norm with a trained scale or bias")
 
     def keep(snapshot):
-        arrays = by_path(snapshot.state.params)
+        arrays = flatten_by_path(snapshot.state.params)
         for path, rows in history.items():
             rows.append(np.array(arrays[path]))  # a copy: the next epoch overwrites the state
 

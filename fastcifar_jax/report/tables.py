@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from fastcifar_jax.analysis import compare as comparison
 from fastcifar_jax.analysis import stats
-from fastcifar_jax.analysis.compare import METRICS, Arm, Question, arm_name, values_of
+from fastcifar_jax.analysis.compare import METRICS, Arm, CompareOptions, arm_name, values_of
 from fastcifar_jax.cli import console as report
 from fastcifar_jax.recipe import Published, Recipe, flatten
 from fastcifar_jax.runs import records
@@ -29,7 +29,7 @@ class Table(NamedTuple):
     numbers: frozenset[str] = frozenset()  # columns to align on the right
 
 
-class Group(NamedTuple):
+class ArmRuns(NamedTuple):
     """An arm, and the records of seeds of which the arm has another record."""
 
     arm: Arm
@@ -41,7 +41,7 @@ class Group(NamedTuple):
         return _data_key(self.arm.records[0])
 
 
-def grouped(found: Sequence[Record], experiments: Sequence[Experiment]) -> list[Group]:
+def grouped(found: Sequence[Record], experiments: Sequence[Experiment]) -> list[ArmRuns]:
     """Records grouped into arms: one framework, recipe and data set each.
 
     Of several records of a seed a finished one counts before others, and the newest of those.
@@ -65,7 +65,7 @@ def grouped(found: Sequence[Record], experiments: Sequence[Experiment]) -> list[
         name += f"@{key[2][:8]}" if len({other[2] for other in namesakes}) > 1 else ""
         if len({other[3] for other in namesakes}) > 1:
             name += " on {source}, {train:,} images".format_map(newest[0].data)
-        groups.append(Group(Arm(clean(name), tuple(chosen[seed] for seed in sorted(chosen))), repeats))
+        groups.append(ArmRuns(Arm(clean(name), tuple(chosen[seed] for seed in sorted(chosen))), repeats))
     return groups
 
 
@@ -106,7 +106,7 @@ def changes(record: Record, recipe: Recipe) -> list[str]:
 LADDER = ("step", "epochs", "published", "published time", "n", "test", "with TTA", "training time", "note")
 
 
-def ladder(groups: Sequence[Group], experiments: Sequence[Experiment]) -> list[Table]:
+def ladder(groups: Sequence[ArmRuns], experiments: Sequence[Experiment]) -> list[Table]:
     """Published and measured side by side: a table for each module of experiments, the measured modules first.
 
     A module without published figures shows only what has records. Arms of no declared recipe come last.
@@ -132,7 +132,7 @@ def ladder(groups: Sequence[Group], experiments: Sequence[Experiment]) -> list[T
 DIFFERENCES = ("arm", "n", "with TTA", "difference", "p (Holm)", "verdict", "runs to see it", "training time")
 
 
-def differences(groups: Sequence[Group], against: str | None = None, previous: bool = False) -> list[Table]:
+def differences(groups: Sequence[ArmRuns], against: str | None = None, previous: bool = False) -> list[Table]:
     """The arms' accuracies with TTA against another's, in points: a table for each data set that has arms to compare.
 
     Those are arms of two finished runs or more. The numbers are those of `comparison.compare`.
@@ -142,7 +142,7 @@ def differences(groups: Sequence[Group], against: str | None = None, previous: b
       against: the arm that the others are compared with; the first of a data set where that has no arm of this name.
       previous: whether each arm is compared with the one above it instead.
     """
-    question = Question(previous=previous)
+    question = CompareOptions(against_previous=previous)
     by_data: dict[tuple, list[Arm]] = {}
     for group in groups:
         found = values_of(group.arm, question.metric).values()
@@ -155,7 +155,7 @@ def differences(groups: Sequence[Group], against: str | None = None, previous: b
     ]
 
 
-def run_tables(groups: Sequence[Group]) -> list[Table]:
+def run_tables(groups: Sequence[ArmRuns]) -> list[Table]:
     """Every run, finished or not; the data sets and the environments that its row refers to as D1, E1 and so on."""
     environments: dict[tuple, str] = {}
     data: dict[tuple, str] = {}

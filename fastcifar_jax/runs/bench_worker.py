@@ -32,7 +32,7 @@ def prepare_jax(recipe, dataset, num_classes):
 
     from fastcifar_jax.train import make_functions, shapes_of, zero_totals
 
-    conv.tune_process()
+    conv.configure_cpu()
     dataset = jax.device_put(dataset)
     functions = make_functions(recipe, num_classes, len(dataset.train_labels))
     shapes = shapes_of(functions, recipe, dataset)
@@ -57,7 +57,7 @@ def prepare_jax(recipe, dataset, num_classes):
     def take(first):
         carry[:] = jax.block_until_ready(program(*carry, dataset, plan, np.int32(first)))
 
-    return take, {"compile_seconds": seconds, "conv": conv.way()[0], "version": jax.__version__}
+    return take, {"compile_seconds": seconds, "conv": conv.conv_backend()[0], "version": jax.__version__}
 
 
 def prepare_torch(recipe, dataset, num_classes, twin, dtype, compiled, tuned):
@@ -101,7 +101,7 @@ def layer_rates(recipe, num_classes: int, repeats: int = 5) -> dict:
 
     from fastcifar_jax.models.base import PRECISIONS
 
-    conv.tune_process()
+    conv.configure_cpu()
     precision = PRECISIONS[recipe.compute_dtype]
     model = recipe.model(num_classes, recipe.compute_dtype)
     images = jax.ShapeDtypeStruct((recipe.batch_size, 32, 32, 3), jnp.float32)

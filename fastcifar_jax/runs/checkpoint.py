@@ -21,7 +21,7 @@ import safetensors.numpy
 
 from fastcifar_jax.runs import records
 from fastcifar_jax.runs.records import Record
-from fastcifar_jax.types import EpochInfo, Snapshot, TrainState, by_path
+from fastcifar_jax.types import EpochInfo, Snapshot, TrainState, flatten_by_path
 
 FORMAT = 1
 
@@ -46,7 +46,7 @@ def save(path: Path, snapshot: Snapshot, record: Record) -> None:
     Raises:
       CheckpointError: it cannot be written; what was there before is still there.
     """
-    leaves = {name: np.array(leaf, order="C") for name, leaf in by_path(snapshot.state).items()}
+    leaves = {name: np.array(leaf, order="C") for name, leaf in flatten_by_path(snapshot.state).items()}
     about = {
         "made by": _made_by(record),
         "epochs": [row._asdict() for row in snapshot.epochs],
@@ -133,7 +133,7 @@ def _state(leaves: dict[str, np.ndarray], like: TrainState) -> TrainState:
     Raises:
       ValueError: they do not fit it.
     """
-    wanted = by_path(like)
+    wanted = flatten_by_path(like)
     if wrong := sorted(wanted.keys() ^ leaves.keys()):
         raise ValueError(f"it holds other arrays than the run needs, {wrong[0]} to begin with")
     for name, leaf in wanted.items():

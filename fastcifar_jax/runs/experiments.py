@@ -20,7 +20,7 @@ class Experiment(NamedTuple):
     """A declared recipe and where it was declared."""
 
     recipe: Recipe
-    predecessor: Recipe | None  # the module's BASES names it; else the one before it in the module
+    predecessor: Recipe | None  # the module's PARENTS names it; else the one before it in the module
     path: Path
     title: str  # of its module
     data: str | None  # default source of its module
@@ -96,7 +96,7 @@ def _declared(module: ModuleType, path: Path) -> list[Experiment]:
         raise ValueError(f"{path} holds no recipes; it needs RECIPE = a Recipe, or RECIPES = a tuple of them")
     title = f"{path.stem}: {(module.__doc__ or '').strip().partition(chr(10))[0]}".removesuffix(": ")
     data = getattr(module, "DATA", None)
-    bases = getattr(module, "BASES", {})
+    bases = getattr(module, "PARENTS", {})
     return [
         Experiment(recipe, bases.get(recipe.name, before), path, title, data)
         for recipe, before in zip(recipes, (None, *recipes[:-1]), strict=True)

@@ -8,13 +8,13 @@ from typing import Any
 from fastcifar_jax.evaluate import FlipTTA, NoTTA, SixViewTTA
 from fastcifar_jax.models.activations import Celu, Gelu, Relu
 from fastcifar_jax.models.airnet import AirNet
-from fastcifar_jax.models.layers import Norm
+from fastcifar_jax.models.layers import BatchNormConfig
 from fastcifar_jax.models.resnet9 import ResNet9
 
 NETWORKS = (ResNet9, AirNet)
 ACTIVATIONS = (Relu, Celu, Gelu)
 TTAS = (NoTTA, FlipTTA, SixViewTTA)
-KNOWN = (*NETWORKS, *ACTIVATIONS, *TTAS, Norm)
+KNOWN = (*NETWORKS, *ACTIVATIONS, *TTAS, BatchNormConfig)
 
 
 class PartError(ValueError):

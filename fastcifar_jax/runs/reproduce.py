@@ -46,8 +46,8 @@ def rebuild(recipe: Recipe, record: Record) -> Recipe:
     if changed.hash != record.recipe_hash:
         raise ValueError(
             f"{recipe.name} with the values of the record has the hash {changed.hash}, the record's recipe "
-            f"{record.recipe_hash}: {_told_apart(changed, record)}; check out the code that the record was made with, "
-            "or name the right recipe with --experiment"
+            f"{record.recipe_hash}: {_describe_difference(changed, record)}; check out the code that the record was "
+            "made with, or name the right recipe with --experiment"
         )
     return changed
 
@@ -65,7 +65,7 @@ def compare(known: Record, again: Record, tolerance: float = TOLERANCE) -> dict[
     Returns:
       A JSON object: "verdict"; "tolerance"; "numbers", how many were compared; "largest", the largest differences, as
       "accuracy" in percentage points and "loss" in percent and as "absolute_loss"; "first_epoch" that differs, or None;
-      "status" and "epochs", `[known, again]`; "made_otherwise", name -> `[known, again]`.
+      "status" and "epochs", `[known, again]`; "provenance_diff", name -> `[known, again]`.
     """
     pairs = list(_pairs(known, again))
     accuracies = [100 * _distance(a, b) for _, name, a, b in pairs if name in ACCURACIES]
@@ -87,11 +87,11 @@ def compare(known: Record, again: Record, tolerance: float = TOLERANCE) -> dict[
         "first_epoch": next((epoch for epoch, _, a, b in pairs if _distance(a, b)), None),
         "status": [known.status, again.status],
         "epochs": [len(known.epochs), len(again.epochs)],
-        "made_otherwise": made_otherwise(known, again),
+        "provenance_diff": provenance_diff(known, again),
     }
 
 
-def made_otherwise(known: Record, again: Record) -> dict[str, list[Any]]:
+def provenance_diff(known: Record, again: Record) -> dict[str, list[Any]]:
     """What differs in the making of two runs: name -> `[known, again]`, None where one does not say."""
     fields = {"source code": "source_hash"} | {name: name for name in ("conv", "driver", "strategy", "mesh")}
     pairs = {name: (getattr(known, field), getattr(again, field)) for name, field in fields.items()}
@@ -110,15 +110,15 @@ def show(label: str, answer: dict[str, Any], console: Console) -> None:
       console: where to.
     """
     lines = [f"{label}: {answer['verdict']}: {_explained(answer)}"]
-    if answer["made_otherwise"]:
+    if answer["provenance_diff"]:
         lines.append("made otherwise (on record, now):")
     else:
         lines.append("made alike: versions, device, data, source code, convolutions and driver are those on record")
     for line in lines:
         console.print(line, soft_wrap=True)
-    if answer["made_otherwise"]:
+    if answer["provenance_diff"]:
         table = report.make_table("what", "on record", "now")
-        for name, pair in answer["made_otherwise"].items():
+        for name, pair in answer["provenance_diff"].items():
             table.add_row(name, *("" if value is None else str(value) for value in pair))
         console.print(table)
 
@@ -162,7 +162,7 @@ def _relative(a: float, b: float) -> float:
     return distance / max(abs(a), abs(b)) if 0 < distance < math.inf else distance
 
 
-def _told_apart(recipe: Recipe, record: Record) -> str:
+def _describe_difference(recipe: Recipe, record: Record) -> str:
     """Names whose values differ, at most five of them."""
     values = flatten(recipe)
     names = [name for name in {**values, **record.recipe} if _text(values.get(name)) != _text(record.recipe.get(name))]

@@ -21,7 +21,7 @@ from fastcifar_jax.runs import checkpoint, records
 from fastcifar_jax.runs import saved_model as saved
 from fastcifar_jax.runs.logging import Log
 from fastcifar_jax.runs.records import Record, RecordError
-from fastcifar_jax.train import Diverged, Driver, Programs, evaluated, make_functions, make_train, shapes_of
+from fastcifar_jax.train import CompiledRun, Diverged, Driver, eval_variables, make_functions, make_train, shapes_of
 from fastcifar_jax.types import Dataset, EpochInfo, RunResult, Snapshot, TrainState
 
 Train = Callable[..., RunResult]  # (seed, on_epoch, on_step, on_compiled), in JAX with resume and on_snapshot
@@ -35,13 +35,13 @@ class LoadedData(NamedTuple):
     transfer_seconds: float
 
 
-class Job(NamedTuple):
+class RunSpec(NamedTuple):
     """One recipe with its data, and the framework that trains it."""
 
     arm: str  # "final", "torch:final", "final optim.peak_lr=0.8"
     recipe: Recipe
     path: Path  # of the experiment's file
-    as_published: bool  # the declared recipe on the data that the published figures are of
+    matches_published: bool  # the declared recipe on the data that the published figures are of
     data: LoadedData
     twin: ModuleType | None = None  # trains in PyTorch; None for JAX
 
@@ -71,7 +71,7 @@ def load_data(source: str, limit_train: int | None, console: Console) -> LoadedD
     return LoadedData(dataset, info, seconds)
 
 
-def make_folders(jobs: Iterable[Job], out: Path) -> None:
+def make_folders(jobs: Iterable[RunSpec], out: Path) -> None:
     """Makes the folders of the jobs' records.
 
     Raises:
@@ -81,7 +81,7 @@ def make_folders(jobs: Iterable[Job], out: Path) -> None:
         records.make_folder(_path_of(job, out, 0).parent)
 
 
-def on_record(job: Job, out: Path, seed: int, save: bool = False) -> Record | None:
+def on_record(job: RunSpec, out: Path, seed: int, save: bool = False) -> Record | None:
     """The record of a run that need not be repeated: the same seed diverges again, but may not crash again.
 
     With `save` a finished run counts only if its model was saved too.
@@ -94,18 +94,18 @@ def on_record(job: Job, out: Path, seed: int, save: bool = False) -> Record | No
 
 
 def make_runner(
-    job: Job,
+    job: RunSpec,
     ended: list[Record],
     console: Console,
     out: Path,
     driver: Driver,
     arguments: tuple[str, ...],
     *,
-    again: bool = False,
+    rerun: bool = False,
     checkpoints: bool = False,
     save: bool = False,
     log: Log | None = None,
-    compiled: dict[tuple, Programs] | None = None,
+    compiled: dict[tuple, CompiledRun] | None = None,
 ) -> Callable[[int], Record]:
     """The runs of one recipe, which compile once.
 
@@ -116,7 +116,7 @@ def make_runner(
       out: folder of the records.
       driver: of JAX's training loop.
       arguments: of the command, for the record.
-      again: whether to run what is on record as well.
+      rerun: whether to run what is on record as well.
       checkpoints: whether to save the state after every epoch, and to go on from what a killed run saved. JAX only.
       save: whether to save the trained model beside the record. JAX only.
       log: is told of every epoch as well.
@@ -129,12 +129,12 @@ def make_runner(
     recipe, info = job.recipe, job.data.info
     train = _trainer(job, driver, compiled)
     new = new_record(job, driver, arguments)
-    each_step = conv.waits_are_cheap()
+    each_step = conv.can_sync_each_step()
     compiles = True
 
     def run(seed: int) -> Record:
         nonlocal compiles
-        known = None if again else on_record(job, out, seed, save)
+        known = None if rerun else on_record(job, out, seed, save)
         if known is not None:
             show_known(job, known, new, console)
             ended.append(known)
@@ -182,23 +182,23 @@ def run_in_turn(runners: dict[str, Callable[[int], Record]], seeds: Iterable[int
     return ended
 
 
-def _path_of(job: Job, out: Path, seed: int) -> Path:
+def _path_of(job: RunSpec, out: Path, seed: int) -> Path:
     return records.path_of(out, job.framework, job.recipe.name, job.recipe.hash, job.data.info.hash, seed)
 
 
-def _save_model(job: Job, out: Path, seed: int, run: RunResult) -> None:
+def _save_model(job: RunSpec, out: Path, seed: int, run: RunResult) -> None:
     assert run.state is not None  # it is kept where seeds are trained one after another
     accuracies = run.epochs[-1].test_accuracy, run.epochs[-1].tta_accuracy
-    model = saved.of_run(job.recipe, job.data.info, job.data.dataset, seed, evaluated(run.state), accuracies)
+    model = saved.of_run(job.recipe, job.data.info, job.data.dataset, seed, eval_variables(run.state), accuracies)
     saved.write(model, _path_of(job, out, seed).with_suffix(saved.SUFFIX))
 
 
-def _shapes_of_state(job: Job) -> TrainState:
+def _shapes_of_state(job: RunSpec) -> TrainState:
     functions = make_functions(job.recipe, len(job.data.info.classes), job.data.info.train)
     return shapes_of(functions, job.recipe, job.data.dataset).state
 
 
-def new_record(job: Job, driver: Driver, arguments: tuple[str, ...]) -> Record:
+def new_record(job: RunSpec, driver: Driver, arguments: tuple[str, ...]) -> Record:
     """What is known of a run before it starts."""
     recipe, info = job.recipe, job.data.info
     return Record(
@@ -214,7 +214,7 @@ def new_record(job: Job, driver: Driver, arguments: tuple[str, ...]) -> Record:
         device=records.device(),
         versions={**records.versions(), **(job.twin.versions() if job.twin else {})},
         source_hash=records.source_hash(job.path),
-        conv="torch" if job.twin else conv.way()[0],
+        conv="torch" if job.twin else conv.conv_backend()[0],
         driver="python" if job.twin else driver,
         command=arguments,
         started="",
@@ -223,7 +223,7 @@ def new_record(job: Job, driver: Driver, arguments: tuple[str, ...]) -> Record:
     )
 
 
-def _trainer(job: Job, driver: Driver, compiled: dict[tuple, Programs] | None) -> Train:
+def _trainer(job: RunSpec, driver: Driver, compiled: dict[tuple, CompiledRun] | None) -> Train:
     num_classes = len(job.data.info.classes)
     if job.twin is None:
         train = make_train(job.recipe, num_classes, driver, compiled)
@@ -233,16 +233,16 @@ def _trainer(job: Job, driver: Driver, compiled: dict[tuple, Programs] | None) -
     return lambda seed, *callbacks: train(seed, arrays, *callbacks)
 
 
-def _made_otherwise(known: Record, new: Record) -> list[str]:
+def _provenance_diff(known: Record, new: Record) -> list[str]:
     """What differs in the making of two records of one run."""
     fields = {"source code": "source_hash"} | {name: name for name in ("device", "driver", "strategy", "mesh")}
     return [text for text, name in fields.items() if getattr(known, name) != getattr(new, name)]
 
 
-def show_known(job: Job, known: Record, new: Record, console: Console) -> None:
+def show_known(job: RunSpec, known: Record, new: Record, console: Console) -> None:
     """Says that a run is on record, and what made it otherwise than `new` would be made."""
-    other = "".join(f", by another {name}" for name in _made_otherwise(known, new))
-    console.print(f"{report.seed_line(job.arm, known)} (on record{other}; --again repeats it)", soft_wrap=True)
+    other = "".join(f", by another {name}" for name in _provenance_diff(known, new))
+    console.print(f"{report.seed_line(job.arm, known)} (on record{other}; --rerun repeats it)", soft_wrap=True)
 
 
 def _both(first: report.OnEpoch, second: report.OnEpoch) -> report.OnEpoch:

@@ -29,9 +29,9 @@ from fastcifar_jax.models.base import PRECISIONS, Network, Variables
 from fastcifar_jax.recipe import Recipe, resolve_dtype
 from fastcifar_jax.runs import records
 from fastcifar_jax.runs.parts import NETWORKS, TTAS, OwnPartError, PartError, build_or_own, to_json, typed
-from fastcifar_jax.train import evaluated, make_functions
+from fastcifar_jax.train import eval_variables, make_functions
 from fastcifar_jax.tunable import tunable, with_tunable
-from fastcifar_jax.types import Dataset, Logits, Pixels, by_path
+from fastcifar_jax.types import Dataset, Logits, Pixels, flatten_by_path
 
 FORMAT = 1
 SUFFIX = ".safetensors"
@@ -184,7 +184,7 @@ def of_run(
       info: of its data.
       dataset: its data.
       seed: of the run.
-      variables: `train.evaluated` of its last state.
+      variables: `train.eval_variables` of its last state.
       accuracies: on the test images, without and with test-time augmentation.
     """
     recipe = resolve_dtype(recipe)
@@ -219,10 +219,10 @@ def check(recipe: Recipe, info: DataInfo, dataset: Dataset) -> None:
     """
     functions = make_functions(recipe, len(info.classes), len(dataset.train_labels))
     state = jax.eval_shape(functions.init, jax.eval_shape(lambda: jax.random.key(0)), dataset)
-    blank = of_run(recipe, info, dataset, 0, evaluated(state), (0.0, 0.0))
+    blank = of_run(recipe, info, dataset, 0, eval_variables(state), (0.0, 0.0))
     with _faults_of(f"a model of {recipe.name!r}", "change the recipe, or leave out --save"):
         rebuilt = _rebuilt(_metadata_of(blank), recipe)
-        _check_tensors(by_path(blank.variables), _expected(rebuilt))
+        _check_tensors(flatten_by_path(blank.variables), _expected(rebuilt))
 
 
 def write(model: SavedModel, path: Path) -> None:
@@ -231,7 +231,7 @@ def write(model: SavedModel, path: Path) -> None:
     Raises:
       RecordError: the file cannot be written; what was there before is still there.
     """
-    tensors = {name: np.array(leaf, order="C") for name, leaf in by_path(model.variables).items()}
+    tensors = {name: np.array(leaf, order="C") for name, leaf in flatten_by_path(model.variables).items()}
     records.write_bytes(path, safetensors.numpy.save(tensors, _metadata_of(model)))
 
 
@@ -256,7 +256,7 @@ def load(path: str | os.PathLike[str], *, recipe: Recipe | None = None) -> Saved
         for name, array in tensors.items():
             if not np.isfinite(array).all():
                 raise SavedModelError(f"tensor {name!r} holds numbers that are not finite")
-        leaves = [jax.device_put(tensors[name]) for name in by_path(expected)]
+        leaves = [jax.device_put(tensors[name]) for name in flatten_by_path(expected)]
         variables = jax.tree.unflatten(jax.tree.structure(expected), leaves)
         return dataclasses.replace(model, variables=variables)
 
@@ -300,7 +300,7 @@ def _expected(model: SavedModel) -> Variables:
     network = model.network(len(model.classes), model.compute_dtype)
     key = jax.eval_shape(lambda: jax.random.key(0))
     variables = jax.eval_shape(network.init, key, jax.ShapeDtypeStruct((1, *model.image_shape), jnp.float32))
-    for name, leaf in by_path(variables).items():
+    for name, leaf in flatten_by_path(variables).items():
         if leaf.dtype != jnp.float32:
             raise SavedModelError(f"the network keeps {name!r} in {leaf.dtype}; saved models hold float32 only")
     pixels = jax.ShapeDtypeStruct((1, *model.image_shape), jnp.uint8)
@@ -311,7 +311,7 @@ def _expected(model: SavedModel) -> Variables:
 
 
 def _check_tensors(tensors: dict[str, Any], expected: Variables) -> None:
-    named = by_path(expected)
+    named = flatten_by_path(expected)
     if lacking := sorted(named.keys() - tensors.keys()):
         raise SavedModelError(f"it lacks the tensors {', '.join(lacking)[:200]}")
     if unknown := sorted(tensors.keys() - named.keys()):

@@ -14,8 +14,8 @@ from fastcifar_jax.parallel.seeds import make_train_seeds
 from fastcifar_jax.runs import records
 from fastcifar_jax.runs import runner as runs
 from fastcifar_jax.runs.records import Record, RecordError
-from fastcifar_jax.runs.runner import Job
-from fastcifar_jax.train import Diverged, Driver, Programs, steps_of_epochs
+from fastcifar_jax.runs.runner import RunSpec
+from fastcifar_jax.train import CompiledRun, Diverged, Driver, steps_of_epochs
 from fastcifar_jax.types import EpochInfo
 
 
@@ -24,7 +24,7 @@ class Refused(ValueError):
 
 
 def run_together(
-    job: Job,
+    job: RunSpec,
     seeds: Iterable[int],
     ended: list[Record],
     console: Console,
@@ -34,8 +34,8 @@ def run_together(
     *,
     strategy: Strategy,
     mesh: Mesh,
-    again: bool = False,
-    compiled: dict[tuple, Programs] | None = None,
+    rerun: bool = False,
+    compiled: dict[tuple, CompiledRun] | None = None,
 ) -> None:
     """Runs many seeds of one recipe side by side, with the arguments of `runs.make_runner` and `make_train_seeds`.
 
@@ -51,7 +51,7 @@ def run_together(
       arguments: of the command, for the record.
       strategy: what a device does with several seeds.
       mesh: from `make_mesh`.
-      again: whether to run what is on record as well.
+      rerun: whether to run what is on record as well.
       compiled: programs that the recipes of a sweep share.
 
     Raises:
@@ -61,7 +61,7 @@ def run_together(
     shape = "x".join(str(size) for size in mesh.shape.values())
     new = dataclasses.replace(runs.new_record(job, driver, arguments), strategy=strategy, mesh=shape)
     seeds, writes = list(seeds), hosts.writes_records()
-    on_file = [None if again or not writes else runs.on_record(job, out, seed) for seed in seeds]
+    on_file = [None if rerun or not writes else runs.on_record(job, out, seed) for seed in seeds]
     for record in filter(None, on_file):
         runs.show_known(job, record, new, console)
         ended.append(record)

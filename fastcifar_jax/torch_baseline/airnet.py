@@ -76,7 +76,7 @@ def make_update(
     """The optimiser's part of a step, and Lookahead's.
 
     Args:
-      recipe: with `Kilostep` or `Muon`.
+      recipe: with `AirbenchSGD` or `Muon`.
       network: holds the gradients of the summed loss.
       average: the slow copy, where the recipe has one.
       steps_per_epoch: of the schedule.

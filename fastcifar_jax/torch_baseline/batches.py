@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastcifar_jax.augment import AlternatingFlip, Cutout, Flip, ShuffledGroups
+from fastcifar_jax.augment import AlternatingFlip, Cutout, Flip, GroupedSampling
 from fastcifar_jax.recipe import Recipe
 from fastcifar_jax.torch_baseline.network import normalize
 
@@ -34,7 +34,7 @@ def draw_plan(
     epoch: int = 1,
     first_flips: tuple[Tensor | None, ...] = (),
 ) -> Plan:
-    """The plan of one epoch, drawn as `recipe.choices` says (sections 2.3 and 2.4 of the specification).
+    """The plan of one epoch, drawn as `recipe.sampling` says (sections 2.3 and 2.4 of the specification).
 
     The draws are not JAX's, their distribution is the same.
 
@@ -54,9 +54,9 @@ def draw_plan(
         table = torch.from_numpy(augmentation.options(height, width))
         if isinstance(augmentation, AlternatingFlip):
             choice = (first_flip ^ (epoch % 2 == 0)).long()
-        elif isinstance(recipe.choices, ShuffledGroups):
+        elif isinstance(recipe.sampling, GroupedSampling):
             order = order[shuffled(num_images)]
-            kept = shuffled(len(table))[: recipe.choices.max_options]
+            kept = shuffled(len(table))[: recipe.sampling.max_options]
             sizes = num_images // len(kept) + (torch.arange(len(kept)) < num_images % len(kept))
             choice = torch.empty_like(order)
             choice[order] = kept.repeat_interleave(sizes)

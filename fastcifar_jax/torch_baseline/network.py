@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastcifar_jax.averaging import Ema
 from fastcifar_jax.evaluate import NoTTA, SixViewTTA
 from fastcifar_jax.models.activations import Celu
-from fastcifar_jax.models.layers import Norm
+from fastcifar_jax.models.layers import BatchNormConfig
 from fastcifar_jax.models.resnet9 import ResNet9
 from fastcifar_jax.recipe import Recipe
 from fastcifar_jax.types import Evaluation, StepInfo
@@ -37,7 +37,7 @@ class GhostNorm(nn.Module):
     is linear in the statistics, so it is kept instead of them: the same numbers up to rounding.
     """
 
-    def __init__(self, channels: int, norm: Norm):
+    def __init__(self, channels: int, norm: BatchNormConfig):
         super().__init__()
         self.norm = norm
         self.weight = nn.Parameter(torch.ones(channels), requires_grad=norm.train_scale)

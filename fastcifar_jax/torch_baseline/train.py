@@ -22,16 +22,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastcifar_jax.augment import AlternatingFlip, Crop, Cutout, Flip, PerExample, ShuffledGroups
+from fastcifar_jax.augment import AlternatingFlip, Crop, Cutout, Flip, GroupedSampling, IndependentSampling
 from fastcifar_jax.averaging import Ema, Lookahead
 from fastcifar_jax.evaluate import FlipTTA, NoTTA, SixViewTTA
 from fastcifar_jax.losses import CrossEntropy
 from fastcifar_jax.models.activations import Celu, Gelu, Relu
 from fastcifar_jax.models.airnet import AirNet
-from fastcifar_jax.models.layers import Norm
+from fastcifar_jax.models.layers import BatchNormConfig
 from fastcifar_jax.models.resnet9 import ResNet9
 from fastcifar_jax.muon import Muon
-from fastcifar_jax.optim import Kilostep, Nesterov
+from fastcifar_jax.optim import AirbenchSGD, Nesterov
 from fastcifar_jax.recipe import Recipe, resolve_dtype
 from fastcifar_jax.schedules import Triangle, WarmupDecay, count_steps
 from fastcifar_jax.torch_baseline.airnet import AirNetwork, make_update
@@ -51,10 +51,10 @@ from fastcifar_jax.types import Dataset, EpochInfo, RunResult, StepInfo
 
 _KNOWN = {
     "model": (ResNet9, AirNet),
-    "model.norm": (Norm,),
+    "model.norm": (BatchNormConfig,),
     "loss": (CrossEntropy,),
     "augmentations": (Crop, Flip, AlternatingFlip, Cutout),
-    "choices": (PerExample, ShuffledGroups),
+    "sampling": (IndependentSampling, GroupedSampling),
     "tta": (FlipTTA, SixViewTTA, NoTTA),
 }
 _KNOWN_WITH = {
@@ -66,7 +66,7 @@ _KNOWN_WITH = {
     },
     AirNet: {
         "model.activation": (Gelu,),
-        "optim": (Kilostep, Muon),
+        "optim": (AirbenchSGD, Muon),
         "optim.schedule": (Triangle,),
         "average": (Lookahead, Ema, type(None)),
     },
@@ -94,7 +94,7 @@ def check(recipe: Recipe) -> None:
                     f"recipe {recipe.name!r} has {name} {item!r}; the PyTorch twin knows {names}: train it with JAX, "
                     "or write the part into fastcifar_jax/torch_baseline"
                 )
-    unused = {"model.norm.faithful": False}
+    unused = {"model.norm.eval_first_group": False}
     if isinstance(recipe.model, ResNet9):
         unused |= {"model.extra_layers": (), "model.dirac": False}
     for name, unset in unused.items():

@@ -10,7 +10,7 @@ from test_records import RECORD
 
 from fastcifar_jax.analysis import compare as comparison
 from fastcifar_jax.analysis import stats
-from fastcifar_jax.analysis.compare import Arm, Question
+from fastcifar_jax.analysis.compare import Arm, CompareOptions
 from fastcifar_jax.runs import records
 
 A = (0.9401, 0.9412, 0.9398, 0.9405)
@@ -37,7 +37,9 @@ def shown(answer):
 
 
 def test_numbers_are_those_of_stats_in_points():
-    answer = comparison.compare([arm("old", A), arm("new", B)], Question(threshold=94.3, equivalence=0.1, wish=0.1))
+    answer = comparison.compare(
+        [arm("old", A), arm("new", B)], CompareOptions(threshold=94.3, equivalence_margin=0.1, min_effect=0.1)
+    )
     points = [[100 * value for value in values] for values in (A, B)]
     [difference] = answer["differences"]
     expected = stats.welch(*points)
@@ -48,32 +50,32 @@ def test_numbers_are_those_of_stats_in_points():
     assert difference["equivalence"] == stats.tost(*points, 0.1)._asdict()
     sds = [stats.summarize(values).sd for values in points]
     assert difference["runs_for_observed"] == stats.runs_needed(*sds, expected.estimate)
-    assert difference["runs_for_wish"] == stats.runs_needed(*sds, 0.1)
+    assert difference["runs_for_min_effect"] == stats.runs_needed(*sds, 0.1)
     assert [a["mean"] for a in answer["arms"]] == [stats.summarize(values).mean for values in points]
     assert [a["share"] for a in answer["arms"]] == [0.0, 0.75]
     assert json.loads(records.dumps(answer)) == json.loads(json.dumps(answer))
 
 
 def test_what_is_shown():
-    text = shown(comparison.compare([arm("old", A), arm("new", B)], Question(equivalence=0.1)))
+    text = shown(comparison.compare([arm("old", A), arm("new", B)], CompareOptions(equivalence_margin=0.1)))
     assert "tta accuracy: mean and 95 % interval" in text and "94.04" in text and "+0.29" in text
     assert "new against old: higher, by +0.29 points" in text and "not shown to be equivalent within 0.1" in text
-    text = shown(comparison.compare([arm("old", A), arm("same", A)], Question(equivalence=0.1)))
+    text = shown(comparison.compare([arm("old", A), arm("same", A)], CompareOptions(equivalence_margin=0.1)))
     assert "no difference shown" in text and "; equivalent within 0.1" in text
 
 
 def test_several_arms_are_corrected_and_compared_with_the_first_or_the_previous():
     arms = [arm("a", A), arm("b", B), arm("c", B)]
-    first = comparison.compare(arms, Question())["differences"]
+    first = comparison.compare(arms, CompareOptions())["differences"]
     assert [(d["of"], d["against"]) for d in first] == [("b", "a"), ("c", "a")]
     assert [d["p_holm"] for d in first] == list(stats.holm([d["p_value"] for d in first]))
-    previous = comparison.compare(arms, Question(previous=True))["differences"]
+    previous = comparison.compare(arms, CompareOptions(against_previous=True))["differences"]
     assert [(d["of"], d["against"]) for d in previous] == [("b", "a"), ("c", "b")]
 
 
 def test_a_diverged_run_is_counted_and_reaches_no_threshold():
     losing = Arm("new", (*arm("new", B).records, diverged("new", 4)))
-    answer = comparison.compare([arm("old", A), losing], Question(threshold=94.0))
+    answer = comparison.compare([arm("old", A), losing], CompareOptions(threshold=94.0))
     found = answer["arms"][1]
     assert (found["n"], found["diverged"], found["share"]) == (4, 1, 4 / 5)
     assert found["seeds"] == [0, 1, 2, 3, 4]
@@ -82,21 +84,21 @@ def test_a_diverged_run_is_counted_and_reaches_no_threshold():
 
 def test_pairs_are_of_common_seeds():
     shifted = Arm("new", tuple(make_record("new", seed, value) for seed, value in enumerate(B, start=1)))
-    [difference] = comparison.compare([arm("old", A), shifted], Question())["differences"]
+    [difference] = comparison.compare([arm("old", A), shifted], CompareOptions())["differences"]
     assert difference["paired"]["n"] == 3
     apart = Arm("new", tuple(make_record("new", seed, value) for seed, value in enumerate(B, start=9)))
-    [difference] = comparison.compare([arm("old", A), apart], Question())["differences"]
+    [difference] = comparison.compare([arm("old", A), apart], CompareOptions())["differences"]
     assert difference["paired"] is None
 
 
 def test_other_metrics_keep_their_unit():
-    answer = comparison.compare([arm("old", A), arm("new", B)], Question(metric="train_seconds"))
+    answer = comparison.compare([arm("old", A), arm("new", B)], CompareOptions(metric="train_seconds"))
     assert answer["arms"][0]["mean"] == 9.0
 
 
 def test_one_finished_run_is_too_few():
     with pytest.raises(ValueError, match="new has 1 finished run; a comparison needs at least 2"):
-        comparison.compare([arm("old", A), Arm("new", (make_record("new"), diverged("new", 1)))], Question())
+        comparison.compare([arm("old", A), Arm("new", (make_record("new"), diverged("new", 1)))], CompareOptions())
 
 
 @pytest.mark.parametrize(
@@ -109,7 +111,7 @@ def test_one_finished_run_is_too_few():
 )
 def test_runs_on_other_images_are_refused(changed, said):
     other = arm("new", B, data={**RECORD.data, **changed})
-    with pytest.raises(ValueError, match=f"saw different images.*{said}.*--anyway"):
+    with pytest.raises(ValueError, match=f"saw different images.*{said}.*--allow-different-data"):
         comparison.check_comparable([arm("old", A), other])
     comparison.check_comparable([arm("old", A), arm("new", B)])
 
@@ -122,12 +124,12 @@ def test_two_records_of_a_seed_are_refused():
 def test_arms_on_file(tmp_path):
     for record in (*arm("final", A).records, make_record("final", 9, framework="torch"), make_record("other")):
         records.write(record, tmp_path)
-    assert [record.seed for record in comparison.on_file(tmp_path, "final").records] == [0, 1, 2, 3]
-    assert [record.seed for record in comparison.on_file(tmp_path, "torch:final").records] == [9]
+    assert [record.seed for record in comparison.load_arm(tmp_path, "final").records] == [0, 1, 2, 3]
+    assert [record.seed for record in comparison.load_arm(tmp_path, "torch:final").records] == [9]
     with pytest.raises(ValueError, match="no record of nothing in .*; --seeds 5 makes them"):
-        comparison.on_file(tmp_path, "nothing")
+        comparison.load_arm(tmp_path, "nothing")
     with pytest.raises(ValueError, match="no record of final"):
-        comparison.on_file(tmp_path, "final", train=20_000)
+        comparison.load_arm(tmp_path, "final", train=20_000)
 
 
 def test_several_recipes_of_one_name_must_be_told_apart(tmp_path):
@@ -135,8 +137,8 @@ def test_several_recipes_of_one_name_must_be_told_apart(tmp_path):
     records.write(make_record(), tmp_path)
     records.write(make_record(recipe=narrow, recipe_hash="feed5eed0123"), tmp_path)
     with pytest.raises(ValueError, match="holds 2 recipes called final: .*@feed5eed has num_epochs 5.*final@feed5eed"):
-        comparison.on_file(tmp_path, "final")
-    [record] = comparison.on_file(tmp_path, "final@feed").records
+        comparison.load_arm(tmp_path, "final")
+    [record] = comparison.load_arm(tmp_path, "final@feed").records
     assert record.recipe["num_epochs"] == 5
 
 

@@ -43,7 +43,7 @@ def test_run_of_a_file(workplace, call):
     assert (first.seed, second.seed, first.experiment, first.framework) == (0, 1, "trick", "jax")
     assert first.status == "finished" and first.error is None and first.command == arguments
     assert first.data == {"source": "tiny.npz", "hash": first.data["hash"], "train": 130, "test": 20}
-    assert (first.driver, first.conv) == ("python", conv.way()[0])
+    assert (first.driver, first.conv) == ("python", conv.conv_backend()[0])
     assert first.recipe["model.width"] == 3 and "Linear(width=3)" in first.recipe_repr
     for record in (first, second):
         assert [epoch.epoch for epoch in record.epochs] == [1, 2]
@@ -113,7 +113,7 @@ def test_finished_and_diverged_seeds_are_skipped_and_crashed_ones_are_not(workpl
     )
     assert "n = 3" in out
     seeds.clear()
-    status, out, _ = call("run", "trick.py", "--seeds", "1-2", "--again")
+    status, out, _ = call("run", "trick.py", "--seeds", "1-2", "--rerun")
     assert (
         [seed for _, seed in seeds] == [1, 2] and status == 0 and "2 finished, 0 diverged, 0 crashed; 0 skipped" in out
     )
@@ -172,14 +172,14 @@ def test_damaged_record_is_named_and_not_trained_over(workplace, call, loaded, t
     trained[1].clear()
     status, _, err = call("run", "trick.py")
     assert status == 2 and err.count("\n") == 1 and path.name in err and trained[1] == []
-    assert call("run", "trick.py", "--again")[0] == 0 and written()[0].status == "finished"
+    assert call("run", "trick.py", "--rerun")[0] == 0 and written()[0].status == "finished"
 
 
 def test_record_of_other_source_code_is_pointed_out(workplace, call, loaded, trained):
     call("run", "trick.py")
     assert "another source code" not in call("run", "trick.py")[1]
     Path("trick.py").write_text(TRICK + "\n# changed\n")
-    assert "on record, by another source code; --again repeats it" in call("run", "trick.py")[1]
+    assert "on record, by another source code; --rerun repeats it" in call("run", "trick.py")[1]
 
 
 def test_default_data(workplace, call, loaded, trained, monkeypatch):
@@ -308,7 +308,7 @@ def test_list(call):
     assert ["baseline_e40", "40", "95.18", "%", "TTA", "5", "115.9", "s", "V100"] in rows
     titles = [row[0] for row in rows if row[0].endswith(":")]
     assert titles[:-1] == [
-        f"{name}:" for name in "ablation airbench bag_of_tricks convergence crossover quickstart".split()
+        f"{name}:" for name in "ablation airbench bag_of_tricks convergence transfer quickstart".split()
     ]
 
 

@@ -1,4 +1,4 @@
-"""`compare` and `trade` from the command line, over runs that only pretend to train."""
+"""`compare` and `match-epochs` from the command line, over runs that only pretend to train."""
 
 import json
 import re
@@ -51,7 +51,7 @@ def test_compare_on_file_takes_the_options_that_tell_recipes_apart(arms, call):
 
 
 def test_compare_until_looks_after_blocks_and_stops(arms, call):
-    status, out, err = call("compare", "old.py", "new.py", "--until", "0.25", "--json", "answer.json")
+    status, out, err = call("compare", "old.py", "new.py", "--until-half-width", "0.25", "--json", "answer.json")
     answer = json.loads(Path("answer.json").read_text())
     assert (status, err) == (0, "")
     looks = re.findall(r"look (\d+), (\d+) seeds an arm: \+- ([\d.]+) at ([\d.]+) %", out)
@@ -61,7 +61,7 @@ def test_compare_until_looks_after_blocks_and_stops(arms, call):
     assert widths[-1] <= 0.25 and all(width > 0.25 for width in widths[:-1]) and len(looks) > 1
     assert answer["looks"] == len(looks) and answer["overall_confidence"] == 0.95
     assert len(arms) == 2 * int(looks[-1][1])  # each seed once
-    status, out, _ = call("compare", "old.py", "new.py", "--until", "0.001", "--max-seeds", "6")
+    status, out, _ = call("compare", "old.py", "new.py", "--until-half-width", "0.001", "--max-seeds", "6")
     assert status == 0 and "stopped at --max-seeds 6, short of +- 0.001" in out
 
 
@@ -71,9 +71,9 @@ def test_compare_until_looks_after_blocks_and_stops(arms, call):
         ("compare old.py --seeds 2", "old.py is one arm; a comparison needs two"),
         ("compare old", "no record of old"),
         ("compare old.py new.py --seeds 1", "has 1 finished run; a comparison needs at least 2"),
-        ("compare old.py new.py --until 0", "is not in the range x>0"),
+        ("compare old.py new.py --until-half-width 0", "is not in the range x>0"),
         ("compare old.py @ --seeds 2", "is no arm"),
-        ("trade old.py old.py", "stand for 1 recipes; give two"),
+        ("match-epochs old.py old.py", "stand for 1 recipes; give two"),
     ],
 )
 def test_mistakes(arms, call, command, message):
@@ -86,7 +86,7 @@ def test_other_images_are_refused_unless_told(arms, call):
     call("run", "new.py", "--seeds", "2", "--limit-train", "100")
     status, _, err = call("compare", "old", "new")
     assert status == 2 and "saw different images" in err
-    status, out, _ = call("compare", "old", "new", "--anyway")
+    status, out, _ = call("compare", "old", "new", "--allow-different-data")
     assert status == 0 and "warning: these runs saw different images" in out
 
 
@@ -104,14 +104,14 @@ def test_a_star_stands_for_several(arms, call, workplace, monkeypatch):
 
 
 def test_trade_drops_epochs_until_the_gain_is_spent(arms, call):
-    status, out, err = call("trade", "old.py", "new.py", "--seeds", "5", "--json", "trade.json")
+    status, out, err = call("match-epochs", "old.py", "new.py", "--seeds", "5", "--json", "match_epochs.json")
     assert (status, err) == (0, "")
-    found = json.loads(Path("trade.json").read_text())
+    found = json.loads(Path("match_epochs.json").read_text())
     assert [row["num_epochs"] for row in found["rows"]] == [8, 7, 6]
     assert found["equal"]["value"] == pytest.approx(6.5)
     assert found["equal"]["low"] <= 6.5 <= found["equal"]["high"]
     assert "new equals old at 6.5 epochs (95 % bootstrap interval" in out
-    status, out, _ = call("trade", "new.py", "old.py", "--seeds", "5")
+    status, out, _ = call("match-epochs", "new.py", "old.py", "--seeds", "5")
     assert status == 0 and "old at 8 epochs is no better than new" in out
 
 

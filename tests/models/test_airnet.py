@@ -11,13 +11,13 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import crossover
+from experiments import transfer
 from experiments.airbench import RECIPES, airbench94, airbench94_muon, airbench96
-from fastcifar_jax.augment import PerExample
+from fastcifar_jax.augment import IndependentSampling
 from fastcifar_jax.models.airnet import AirNet, unit_std
 from fastcifar_jax.models.layers import dirac
 from fastcifar_jax.muon import Muon, orthogonalize
-from fastcifar_jax.optim import Kilostep
+from fastcifar_jax.optim import AirbenchSGD
 from fastcifar_jax.recipe import Published
 from fastcifar_jax.schedules import Triangle
 from tests.reference import problem
@@ -44,7 +44,7 @@ def reduced(recipe, dtype="float64"):
         num_epochs=AIRBENCH.num_epochs,
         batch_size=AIRBENCH.batch_size,
         augmentations=(),
-        choices=PerExample(),
+        sampling=IndependentSampling(),
         model=recipe.model.with_width(AIRBENCH.width),
         optim=optim,
         compute_dtype=dtype,
@@ -56,7 +56,7 @@ def in_torch_units(trajectory, optim):
 
     The whitening bias's counts for nothing once it is frozen; the twin has stopped it by then.
     """
-    scale = lambda path: optim.bias_scale if isinstance(optim, Kilostep) and path.endswith("norm/bias") else 1.0
+    scale = lambda path: optim.bias_scale if isinstance(optim, AirbenchSGD) and path.endswith("norm/bias") else 1.0
     velocity = {path: x / scale(path) for path, x in trajectory.velocity.items() if path != "whiten/bias"}
     return trajectory._replace(velocity=velocity)
 
@@ -95,7 +95,7 @@ def test_published_shapes():
     images = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
     variables = jax.eval_shape(model.init, jax.eval_shape(lambda: jax.random.key(0)), images)
     assert sum(x.size for x in jax.tree.leaves(variables["params"])) == 1_971_640 - 288
-    assert variables["frozen"]["whiten"]["kernel"].shape == (2, 2, 3, 24)
+    assert variables["constants"]["whiten"]["kernel"].shape == (2, 2, 3, 24)
     macs = sum(np.ravel(leaf)[0] for leaf in jax.tree.leaves(model.macs(variables, images)))
     assert macs == pytest.approx(118.1e6, rel=1e-3)
 
@@ -149,7 +149,7 @@ def test_newton_schulz_in_bfloat16_is_the_same_roughly(key):
 def test_kilostep_numbers():
     """Section 5: rates and L2 coefficients for a summed loss at batch 1024; the first step has a fifth of the rate."""
     params = {"conv": {"kernel": jnp.float32(1)}, "norm": {"bias": jnp.float32(1)}, "whiten": {"bias": jnp.float32(1)}}
-    tx = Kilostep(momentum=0.85)(9.9, 48, 1024)
+    tx = AirbenchSGD(momentum=0.85)(9.9, 48, 1024)
 
     def update(gradient):
         grads = jax.tree.map(lambda _: jnp.float32(gradient / 1024), params)
@@ -164,7 +164,7 @@ def test_kilostep_numbers():
 
 
 @pytest.mark.parametrize(
-    "optim", [Kilostep(whiten_bias_epochs=1), Muon(whiten_bias_epochs=1), Muon(whiten_bias_epochs=0)]
+    "optim", [AirbenchSGD(whiten_bias_epochs=1), Muon(whiten_bias_epochs=1), Muon(whiten_bias_epochs=0)]
 )
 def test_the_whitening_bias_is_frozen(optim):
     params = {
@@ -180,10 +180,8 @@ def test_the_whitening_bias_is_frozen(optim):
     assert moved == [True, True, False, False] if optim.whiten_bias_epochs else not any(moved)
 
 
-@pytest.mark.parametrize(
-    "recipe", [r for r in crossover.RECIPES if r.name.endswith("_with_muon")], ids=lambda r: r.name
-)
-def test_crossovers_muon_trains_the_head_as_airbench_does(recipe):
+@pytest.mark.parametrize("recipe", [r for r in transfer.RECIPES if r.name.endswith("_with_muon")], ids=lambda r: r.name)
+def test_transfer_muon_trains_the_head_as_airbench_does(recipe):
     """Logits over another number than 256, from a head that is as much smaller, take the same way."""
     x, start = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(8, 5), (5, 3)]))
 
@@ -209,7 +207,7 @@ def test_crossovers_muon_trains_the_head_as_airbench_does(recipe):
         (lambda: AirNet(convs=4), "convs is 4"),
         (lambda: AirNet(head="zero"), "head is 'zero'; choose one of uniform, unit_std"),
         (lambda: AirNet(whiten_bias="ones"), "choose one of zeros, uniform"),
-        (lambda: Kilostep(lr=0.0), "lr 0.0"),
+        (lambda: AirbenchSGD(lr=0.0), "lr 0.0"),
         (lambda: Muon(momentum=1.0), r"momenta \(1.0, 0.85\)"),
         (lambda: Muon(newton_schulz_steps=0), "newton_schulz_steps 0"),
     ],

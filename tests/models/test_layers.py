@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fastcifar_jax.models.activations import Celu, Gelu, Relu, _celu
-from fastcifar_jax.models.layers import Norm
+from fastcifar_jax.models.layers import BatchNormConfig
 from fastcifar_jax.models.resnet9 import ResNet9
 from fastcifar_jax.ops.conv import conv
 
@@ -15,7 +15,7 @@ BASELINE = ResNet9()
 FINAL = ResNet9(
     pool_order="conv_pool_norm_act",
     activation=Celu(0.3),
-    norm=Norm(num_groups=16, train_scale=False),
+    norm=BatchNormConfig(num_groups=16, train_scale=False),
     whiten=True,
     output_scale=1 / 16,
 )
@@ -43,7 +43,7 @@ def test_counts_of_the_baseline():
     model, variables = shapes_of(BASELINE)
     assert count(variables["params"]) == 6_573_120
     assert len(jax.tree.leaves(variables["params"])) == 25
-    assert count(variables["frozen"]) == 0
+    assert count(variables["constants"]) == 0
     assert total_macs(model.macs(variables, images_of(1))) == 379_261_952
 
 
@@ -51,7 +51,7 @@ def test_counts_of_the_final_network():
     model, variables = shapes_of(FINAL)
     assert count(variables["params"]) == 6_570_880
     assert len(jax.tree.leaves(variables["params"])) == 17
-    assert count(variables["frozen"]) == 2_969
+    assert count(variables["constants"]) == 2_969
     assert total_macs(model.macs(variables, images_of(1))) == 380_008_448
 
 
@@ -148,7 +148,7 @@ def prep_statistics(norm, images, key, steps=1):
 @pytest.mark.parametrize("num_groups", [1, 4])
 def test_running_statistics_of_interleaved_groups(key, num_groups):
     """From init, 0.1 mean and 0.9 + 0.1 unbiased variance of the images n with n % groups == g."""
-    statistics, maps = prep_statistics(Norm(num_groups=num_groups), images_of(8, 8), key)
+    statistics, maps = prep_statistics(BatchNormConfig(num_groups=num_groups), images_of(8, 8), key)
     for g in range(num_groups):
         group = maps[g::num_groups].reshape(-1, maps.shape[-1])
         np.testing.assert_allclose(statistics["mean"][g], 0.1 * group.mean(0), atol=1e-6)
@@ -157,7 +157,7 @@ def test_running_statistics_of_interleaved_groups(key, num_groups):
 
 def test_training_normalises_each_group_by_itself(key):
     """The images of one ghost group do not see those of the others."""
-    model = ResNet9(**SMALL, norm=Norm(num_groups=2))(10)
+    model = ResNet9(**SMALL, norm=BatchNormConfig(num_groups=2))(10)
     images = images_of(8, 8)
     variables = model.init(key, images)
     changed = images.at[1::2].apply(jnp.square)  # a mere factor would be normalised away
@@ -168,7 +168,9 @@ def test_training_normalises_each_group_by_itself(key):
 
 def test_evaluation_takes_the_mean_over_groups_or_group_0(key):
     images = images_of(8, 8)
-    merged, faithful = (ResNet9(**SMALL, norm=Norm(num_groups=4, faithful=f))(10) for f in (False, True))
+    merged, eval_first_group = (
+        ResNet9(**SMALL, norm=BatchNormConfig(num_groups=4, eval_first_group=f))(10) for f in (False, True)
+    )
     variables = merged.init(key, images)
     statistics = merged.apply(variables, images * jnp.arange(1.0, 9.0)[:, None, None, None], True)[1]
     by_hand = {
@@ -176,16 +178,16 @@ def test_evaluation_takes_the_mean_over_groups_or_group_0(key):
         "group 0": jax.tree.map(lambda s: jnp.broadcast_to(s[:1], s.shape), statistics),
     }
     logits = lambda model, stats: model.apply({**variables, "batch_stats": stats}, images, False)[0]
-    chex.assert_trees_all_close(logits(merged, statistics), logits(faithful, by_hand["merged"]), rtol=1e-5)
-    chex.assert_trees_all_close(logits(faithful, statistics), logits(merged, by_hand["group 0"]), rtol=1e-5)
-    chex.assert_trees_all_close(faithful.enter_evaluation(statistics), by_hand["merged"], rtol=1e-6)
-    chex.assert_trees_all_equal(merged.enter_evaluation(statistics), statistics)
+    chex.assert_trees_all_close(logits(merged, statistics), logits(eval_first_group, by_hand["merged"]), rtol=1e-5)
+    chex.assert_trees_all_close(logits(eval_first_group, statistics), logits(merged, by_hand["group 0"]), rtol=1e-5)
+    chex.assert_trees_all_close(eval_first_group.finalize_batch_stats(statistics), by_hand["merged"], rtol=1e-6)
+    chex.assert_trees_all_equal(merged.finalize_batch_stats(statistics), statistics)
 
 
 def test_merging_at_evaluation_needs_no_writing_back(key):
     """The mean over groups of the running statistics is the same whether training goes on from merged ones or not."""
     images = images_of(8, 8)
-    model = ResNet9(**SMALL, norm=Norm(num_groups=4))(10)
+    model = ResNet9(**SMALL, norm=BatchNormConfig(num_groups=4))(10)
     variables = model.init(key, images)
     first = model.apply(variables, images * jnp.arange(1.0, 9.0)[:, None, None, None], True)[1]
     written = jax.tree.map(lambda s: jnp.broadcast_to(s.mean(0, keepdims=True), s.shape), first)
@@ -197,7 +199,7 @@ def test_merging_at_evaluation_needs_no_writing_back(key):
 
 def test_evaluation_leaves_statistics_and_does_not_mix_images(key):
     images = images_of(4, 16)
-    model = replace(FINAL, **SMALL, norm=Norm(num_groups=2, train_scale=False))(10)
+    model = replace(FINAL, **SMALL, norm=BatchNormConfig(num_groups=2, train_scale=False))(10)
     variables = model.init(key, images_of(16, 16, seed=1))
     together, statistics = model.apply(variables, images, False)
     alone = jnp.concatenate([model.apply(variables, image[None], False)[0] for image in images])
@@ -206,7 +208,7 @@ def test_evaluation_leaves_statistics_and_does_not_mix_images(key):
 
 
 def test_batch_that_ghost_groups_do_not_divide(key):
-    model = ResNet9(**SMALL, norm=Norm(num_groups=4))(10)
+    model = ResNet9(**SMALL, norm=BatchNormConfig(num_groups=4))(10)
     with pytest.raises(ValueError, match="batch of 6 images is not 4 equal ghost groups"):
         model.apply(model.init(key, images_of(6, 8)), images_of(6, 8), True)
 
@@ -234,7 +236,7 @@ def test_width():
         (lambda: ResNet9(channels=(1, 2, 3)), "four numbers"),
         (lambda: ResNet9(pool_order="pool_first"), "conv_pool_norm_act"),
         (lambda: ResNet9(res_layers=("layer4",)), "layer4"),
-        (lambda: Norm(num_groups=0), "num_groups 0"),
+        (lambda: BatchNormConfig(num_groups=0), "num_groups 0"),
         (lambda: Celu(0.0), "alpha 0.0"),
     ],
 )

@@ -8,7 +8,7 @@ from fastcifar_jax.ops.conv import conv
 
 
 def smooth_images(num_images, size=12):
-    """Correlated pixels, so that the eigenvalues spread as those of photographs do."""
+    """Correlated pixels, so that the eigenvalues spread as those of images do."""
     noise = np.random.default_rng(0).normal(size=(num_images, size + 3, size + 3, 3))
     near = sum(noise[:, i : i + size, j : j + size] for i in range(4) for j in range(4)) / 8
     return near + near.mean(-1, keepdims=True)

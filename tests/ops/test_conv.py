@@ -181,7 +181,7 @@ def test_both_ways_stand_in_one_exported_program(monkeypatch):
 def test_a_wrong_name_of_a_way(monkeypatch):
     monkeypatch.setenv("FASTCIFAR_CONV", "cudnn")
     with pytest.raises(ValueError, match="FASTCIFAR_CONV is 'cudnn'; set it to lax or onednn"):
-        conv_module.way()
+        conv_module.conv_backend()
 
 
 def fake_trial(monkeypatch, tmp_path, program):
@@ -213,7 +213,7 @@ def test_a_failed_trial_means_lax_and_is_remembered(monkeypatch, tmp_path, progr
     runs = fake_trial(monkeypatch, tmp_path, program)
     conv_module._tried.cache_clear()
     try:
-        found, why = conv_module.way()
+        found, why = conv_module.conv_backend()
         assert found == "lax" and reason in why
         lowered = jax.jit(lambda x, kernel: conv(x, kernel)).lower(jnp.ones((1, 4, 4, 3)), jnp.ones((3, 3, 3, 5)))
         assert "onednn" not in lowered.as_text()
@@ -250,7 +250,7 @@ def test_a_cache_that_cannot_be_written(monkeypatch, tmp_path):
 def test_other_platforms_use_lax(monkeypatch):
     monkeypatch.delenv("FASTCIFAR_CONV", raising=False)
     monkeypatch.setattr(conv_module.platform, "machine", lambda: "aarch64")
-    assert conv_module.way() == ("lax", "no oneDNN in jaxlib for Linux aarch64")
+    assert conv_module.conv_backend() == ("lax", "no oneDNN in jaxlib for Linux aarch64")
 
 
 @pytest.mark.parametrize(
@@ -271,8 +271,8 @@ def test_no_attempt_to_cache_what_cannot_be_cached(tmp_path):
     """With JAX's persistent cache on, a process that calls oneDNN says nothing."""
     program = (
         "import jax, jax.numpy as jnp\n"
-        "from fastcifar_jax.conv import conv, tune_process\n"
-        "tune_process()\n"
+        "from fastcifar_jax.conv import conv, configure_cpu\n"
+        "configure_cpu()\n"
         "jax.jit(conv)(jnp.ones((2, 4, 4, 3)), jnp.ones((3, 3, 3, 5))).block_until_ready()\n"
     )
     environment = {

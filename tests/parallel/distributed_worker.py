@@ -51,7 +51,7 @@ class Linear:
         return model._replace(split=lambda axis_name: model)  # no image knows of another
 
 
-NOTHING = {"frozen": {}, "batch_stats": {}}
+NOTHING = {"constants": {}, "batch_stats": {}}
 
 
 def recipes():

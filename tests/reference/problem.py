@@ -52,7 +52,7 @@ class Trajectory(NamedTuple):
 def images_and_labels(num_images: int, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Noisy 4x4 blocks, `[n, size, size, 3]` uint8, tinted by the label, so that there is something to learn.
 
-    The blocks give the patches a spread of second moments, as photographs have; pure noise would not.
+    The blocks give the patches a spread of second moments, as images have; pure noise would not.
     """
     random = np.random.RandomState(seed)
     labels = random.randint(0, NUM_CLASSES, num_images)

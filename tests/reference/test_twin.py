@@ -17,11 +17,11 @@ import optax
 import pytest
 
 from experiments.bag_of_tricks import RECIPES
-from fastcifar_jax.augment import PerExample, normalize
+from fastcifar_jax.augment import IndependentSampling, normalize
 from fastcifar_jax.models.base import Model
 from fastcifar_jax.models.whitening import patch_moments, whitening_filters
 from fastcifar_jax.recipe import Published, Recipe
-from fastcifar_jax.train import evaluated, make_functions
+from fastcifar_jax.train import eval_variables, make_functions
 from fastcifar_jax.types import Batch, TrainState
 from tests.reference import problem
 from tests.reference.problem import EPOCHS, LADDER, Case, Trajectory
@@ -45,7 +45,7 @@ def reduced(recipe: Recipe, case: Case, dtype: str = "float64") -> Recipe:
         num_epochs=case.num_epochs or recipe.num_epochs,
         batch_size=case.batch_size,
         augmentations=(),
-        choices=PerExample(),
+        sampling=IndependentSampling(),
         model=recipe.model.with_width(case.width),
         compute_dtype=dtype,
     )
@@ -91,7 +91,7 @@ def train_jax(
         tx = recipe.optim(recipe.num_epochs, case.steps_per_epoch, case.batch_size)
         average = () if recipe.average is None else recipe.average.init({"params": params, "batch_stats": batch_stats})
         state = TrainState(jnp.int32(0), params, frozen, batch_stats, tx.init(params), average)
-        weights = lambda: flat(state.params, state.frozen, state.batch_stats)
+        weights = lambda: flat(state.params, state.constants, state.batch_stats)
         train_step = fast_jit(functions.train_step)
         losses, correct, before = [], [], []
         for index, (pixels, labels) in enumerate(problem.batches(case), start=1):
@@ -100,9 +100,9 @@ def train_jax(
             losses.append(float(info.loss))
             correct.append(int(info.correct))
             if index % case.steps_per_epoch == 0:
-                state = functions.enter_evaluation(state, index // case.steps_per_epoch)
+                state = functions.finalize_batch_stats(state, index // case.steps_per_epoch)
 
-        predict = fast_jit(lambda images: model.apply(evaluated(state), images, False)[0])
+        predict = fast_jit(lambda images: model.apply(eval_variables(state), images, False)[0])
         x = images(problem.held_out(case))
         logits, tta_logits = np.asarray(predict(x)), np.asarray(recipe.tta(predict, x))
         velocity = flat(*(trace for _, trace in optax.tree.get_all_with_path(state.opt_state, "trace")))
@@ -122,7 +122,7 @@ def start(model: Model, images: jax.Array, from_jax_init: bool):
             name: jax.tree_util.tree_map_with_path(lambda path, x: jnp.asarray(weights[joined(path)], x.dtype), tree)
             for name, tree in shapes.items()
         }
-    return variables["params"], variables["frozen"], variables["batch_stats"]
+    return variables["params"], variables["constants"], variables["batch_stats"]
 
 
 def assert_close(ours: Trajectory, theirs: Trajectory):
@@ -168,8 +168,8 @@ def test_float32_losses_follow_torch(twin, name):
 
 
 VARIANTS = {
-    "ghost_norm": {"faithful": True},  # merges when the network itself is evaluated, after every epoch
-    "final": {"faithful": True},  # merges its average once, after the first epoch, and then reads group 0
+    "ghost_norm": {"eval_first_group": True},  # merges when the network itself is evaluated, after every epoch
+    "final": {"eval_first_group": True},  # merges its average once, after the first epoch, and then reads group 0
     "frozen_scales": {"extra_layers": ("layer1", "layer2", "layer3"), "res_layers": ("layer2",)},
 }
 
@@ -178,8 +178,8 @@ VARIANTS = {
 def test_variant_follows_torch(twin, name):
     case, changes = Case(num_steps=6, steps_per_epoch=2, num_epochs=3), VARIANTS[name]
     recipe = reduced(BY_NAME[name], case)
-    if "faithful" in changes:
-        model = replace(recipe.model, norm=replace(recipe.model.norm, faithful=True))
+    if "eval_first_group" in changes:
+        model = replace(recipe.model, norm=replace(recipe.model.norm, eval_first_group=True))
     else:
         model = replace(recipe.model, **changes)
     ours, before = train_jax(replace(recipe, model=model), case)

@@ -35,7 +35,7 @@ class Row(NamedTuple):
     ema: bool = False
     res_layers: tuple[str, ...] = ("layer1", "layer3")
     extra_layers: tuple[str, ...] = ()
-    faithful: bool = False  # the original's group-0 behaviour of section 1.4
+    eval_first_group: bool = False  # the original's group-0 behaviour of section 1.4
 
 
 _NAP, _NPA, _PNA = "conv norm act pool", "conv norm pool act", "conv pool norm act"
@@ -268,7 +268,7 @@ def train_twin(row: Row, case: Case, weights: dict[str, np.ndarray], dtype=torch
                 rho = 0.99**5
                 for averaged, current in zip(ema_net.state_dict().values(), net.state_dict().values(), strict=True):
                     averaged.mul_(rho).add_(current, alpha=1 - rho)
-            if row.faithful and step % case.steps_per_epoch == 0:  # validation
+            if row.eval_first_group and step % case.steps_per_epoch == 0:  # validation
                 (ema_net if row.ema else net).eval()
                 net.train()
 

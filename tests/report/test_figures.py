@@ -13,7 +13,7 @@ from PIL import Image
 from experiments.airbench import airbench94
 from experiments.bag_of_tricks import baseline, final
 from fastcifar_jax.analysis import stats
-from fastcifar_jax.augment import AlternatingFlip, Cutout, Flip, ShuffledGroups
+from fastcifar_jax.augment import AlternatingFlip, Cutout, Flip, GroupedSampling
 from fastcifar_jax.models.activations import Celu
 from fastcifar_jax.optim import Nesterov
 from fastcifar_jax.report import figures as plots
@@ -37,7 +37,7 @@ def pictures_of(axis):
 @pytest.mark.parametrize("augmentations", [(AlternatingFlip(),), (Cutout(8),), ()])
 def test_augmented_images_are_those_of_the_recipe(augmentations):
     dataset = train_and_test()
-    recipe = replace(final, augmentations=augmentations, choices=ShuffledGroups(20))
+    recipe = replace(final, augmentations=augmentations, sampling=GroupedSampling(20))
     first, second = plot_data.augmented(recipe, dataset, 8, (1, 2))
     stored = dataset.train_images[:8]
     if augmentations == (AlternatingFlip(),):

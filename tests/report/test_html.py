@@ -201,7 +201,7 @@ def test_command(tmp_path, monkeypatch, call):
     assert "Each against baseline" in Path("report.html").read_text(encoding="utf-8")
     status, out, _ = call("report", "--against", "final", "--out", "against.html")
     assert status == 0 and "Each against final" in Path("against.html").read_text(encoding="utf-8")
-    status, out, _ = call("report", "--previous", "--out", "previous.html")
+    status, out, _ = call("report", "--against-previous", "--out", "previous.html")
     assert status == 0 and "Each against the arm above it" in Path("previous.html").read_text(encoding="utf-8")
     status, out, _ = call("report", str(path), "runs", str(path.resolve()), "--out", "two.html")
     assert status == 0 and out.startswith("8 records of 3 arms")

@@ -14,7 +14,7 @@ from experiments.airbench import airbench94
 from experiments.bag_of_tricks import baseline, final
 from fastcifar_jax.models.activations import Celu
 from fastcifar_jax.models.base import Model
-from fastcifar_jax.models.layers import Norm, linen_model
+from fastcifar_jax.models.layers import BatchNormConfig, linen_model
 from fastcifar_jax.report import network as drawing
 from fastcifar_jax.report.graph import graph_of
 from fastcifar_jax.runs import experiments as discover
@@ -107,7 +107,7 @@ def test_layers_of_airnet():
 
 
 def test_layers_of_a_users_network():
-    graph = graph_of(linen_model(Users(), Norm()))
+    graph = graph_of(linen_model(Users(), BatchNormConfig()))
     assert [line_of(layer)[:3] for layer in graph.layers] == [
         ("images", "", (32, 32, 3)),
         ("conv 5×3", "stem", (32, 32, 8)),
@@ -148,7 +148,7 @@ def test_layers_of_a_plain_pair_are_where_their_parameters_are(tmp_path):
 
 def test_a_product_of_two_branches_is_a_layer_of_its_own():
     def init(key, images):
-        return {"params": {"w": jnp.zeros((3, 10))}, "frozen": {}, "batch_stats": {}}
+        return {"params": {"w": jnp.zeros((3, 10))}, "constants": {}, "batch_stats": {}}
 
     def apply(variables, images, train):
         x = images.reshape(len(images), -1, 3)

@@ -41,7 +41,7 @@ def tiny_air(recipe):
 
 RECIPES = {
     "final": small(final),  # ghost norm, EMA
-    "airbench94": tiny_air(airbench94),  # Kilostep, Lookahead, a fraction of an epoch
+    "airbench94": tiny_air(airbench94),  # AirbenchSGD, Lookahead, a fraction of an epoch
     "airbench94_muon": tiny_air(airbench94_muon),
 }
 

@@ -13,7 +13,7 @@ from fastcifar_jax.ops import conv
 from fastcifar_jax.recipe import change, flatten, resolve_dtype
 from fastcifar_jax.runs import records
 from fastcifar_jax.runs import runner as runs
-from fastcifar_jax.runs.reproduce import BITWISE, DIFFERENT, WITHIN, compare, made_otherwise, rebuild
+from fastcifar_jax.runs.reproduce import BITWISE, DIFFERENT, WITHIN, compare, provenance_diff, rebuild
 from tests.runs.test_records import DIVERGED, RECORD
 
 FINAL = bag_of_tricks.final
@@ -32,13 +32,13 @@ def record_of(recipe, **changes):
         (
             FINAL,
             (
-                ("optim.peak_lr=2", "model.norm.faithful=True", "average=None", "mean=(125, 122.5, 113)"),
+                ("optim.peak_lr=2", "model.norm.eval_first_group=True", "average=None", "mean=(125, 122.5, 113)"),
                 3,
                 16,
                 "bfloat16",
             ),
         ),
-        (bag_of_tricks.baseline, (("choices=None",), None, None, None)),
+        (bag_of_tricks.baseline, (("sampling=None",), None, None, None)),
         (
             FINAL,
             (("optim.schedule.flat_epochs=0.5", "num_epochs=1", "optim.schedule.warmup=0.4"), None, None, "float32"),
@@ -115,8 +115,8 @@ def test_what_was_made_otherwise():
         RECORD, versions={"python": "3.12", "torch": "2"}, device={**RECORD.device, "cores": 4}, conv="onednn",
         data={**RECORD.data, "hash": "f"}, source_hash="cd", driver="scan",
     )  # fmt: skip
-    assert made_otherwise(RECORD, RECORD) == {}
-    assert made_otherwise(RECORD, again) == {
+    assert provenance_diff(RECORD, RECORD) == {}
+    assert provenance_diff(RECORD, again) == {
         "source code": ["ab", "cd"],
         "conv": ["lax", "onednn"],
         "driver": ["python", "scan"],
@@ -157,7 +157,7 @@ def test_a_run_is_bitwise_the_same_and_leaves_nothing(workplace, call):
     assert "made alike: versions, device, data, source code" in out
     assert before == files()
     answer = json.loads(Path("answer.json").read_text())
-    assert answer["verdict"] == BITWISE and answer["numbers"] == 20 and answer["made_otherwise"] == {}
+    assert answer["verdict"] == BITWISE and answer["numbers"] == 20 and answer["provenance_diff"] == {}
     assert (answer["seed"], answer["experiment"], answer["framework"]) == (4, "trick", "jax")
 
 
@@ -184,7 +184,7 @@ def test_seed_driver_recipe_and_convolutions_are_those_on_record(made, call, mon
     make_train = runs.make_train
 
     def spy(recipe, num_classes, driver, compiled):
-        asked.append((recipe.optim.peak_lr, recipe.num_epochs, driver, conv.way()[0]))
+        asked.append((recipe.optim.peak_lr, recipe.num_epochs, driver, conv.conv_backend()[0]))
         return make_train(recipe, num_classes, driver, compiled)
 
     monkeypatch.setattr(runs, "make_train", spy)

@@ -30,7 +30,7 @@ from fastcifar_jax.runs import experiments as discover
 from fastcifar_jax.runs import records
 from fastcifar_jax.runs import saved_model as saved
 from fastcifar_jax.runs.saved_model import SavedModelError
-from fastcifar_jax.train import evaluated, make_functions, make_train, with_values
+from fastcifar_jax.train import eval_variables, make_functions, make_train, with_values
 from fastcifar_jax.tunable import tunable
 from fastcifar_jax.types import Dataset
 from tests.helpers_cli import TRICK, train_and_test
@@ -119,7 +119,7 @@ def test_airnet_equals_training(compute_dtype, tmp_path):
     sums = jax.jit(evaluation("evaluate"))(tunable(recipe), state, dataset)
 
     info = data.DataInfo("random", "f00d", tuple("abcdefghij"), 512, 20)
-    saved.write(saved.of_run(recipe, info, dataset, 0, evaluated(state), (0.5, 0.5)), tmp_path / "a.safetensors")
+    saved.write(saved.of_run(recipe, info, dataset, 0, eval_variables(state), (0.5, 0.5)), tmp_path / "a.safetensors")
     logits, _ = fastcifar_jax.load(tmp_path / "a.safetensors").logits(dataset.test_images)
     assert (logits.argmax(-1) == dataset.test_labels).sum() == sums.test_correct
     loss = recipe.loss(jnp.asarray(logits), jnp.asarray(dataset.test_labels)).sum()
@@ -131,7 +131,7 @@ def test_airnet_equals_training(compute_dtype, tmp_path):
 
 @pytest.fixture(scope="module")
 def compiled():
-    """Programs that the tests of this module share."""
+    """CompiledRun that the tests of this module share."""
     return {}
 
 
@@ -146,14 +146,14 @@ def trick(workplace, compiled):
 
 def model_of(trick, **changes):
     recipe, dataset, info, state = trick
-    return replace(saved.of_run(recipe, info, dataset, 3, evaluated(state), (0.25, 0.5)), **changes)
+    return replace(saved.of_run(recipe, info, dataset, 3, eval_variables(state), (0.25, 0.5)), **changes)
 
 
 def test_round_trip_is_bitwise_and_of_the_averaged_weights(trick):
     recipe, dataset, _, state = trick
     saved.write(model_of(trick), Path("deep/folder/a.safetensors"))
     model = saved.load("deep/folder/a.safetensors", recipe=recipe)
-    chex.assert_trees_all_equal(model.variables, evaluated(state))
+    chex.assert_trees_all_equal(model.variables, eval_variables(state))
     chex.assert_trees_all_equal(model.variables["params"], state.average["params"])
     assert (model.variables["params"]["w"] != state.params["w"]).any()
     assert (model.seed, model.test_accuracy, model.tta_accuracy) == (3, 0.25, 0.5)
@@ -210,7 +210,7 @@ def test_no_logits_of_no_images(trick):
 
 
 def test_logits_must_be_finite(trick):
-    variables = {"params": {"w": jnp.full((3, 10), 3e38)}, "frozen": {}, "batch_stats": {}}
+    variables = {"params": {"w": jnp.full((3, 10), 3e38)}, "constants": {}, "batch_stats": {}}
     model = model_of(trick, variables=variables)
     for method in (model.predict, model.logits):
         with pytest.raises(SavedModelError, match="not finite"):
@@ -229,7 +229,7 @@ def test_data_of_more_classes_are_refused_and_of_other_names_pointed_out(trick, 
 
 def test_many_classes_show_their_commonest_confusions(trick, call):
     recipe, dataset, info, _ = trick
-    variables = {"params": {"w": jnp.zeros((3, 30))}, "frozen": {}, "batch_stats": {}}
+    variables = {"params": {"w": jnp.zeros((3, 30))}, "constants": {}, "batch_stats": {}}
     info = replace(info, classes=tuple(f"class{i}" for i in range(30)))
     saved.write(saved.of_run(recipe, info, dataset, 0, variables, (0.0, 0.0)), Path("a.safetensors"))
     out = call("evaluate", "a.safetensors", "--recipe", "trick.py", "--data", "tiny.npz")[1]
@@ -312,8 +312,8 @@ def test_full_disk_leaves_neither_record_nor_model(workplace, call, monkeypatch)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (('"frozen": {}', '"frozen": {"n": jnp.zeros(1, jnp.int32)}'), "keeps 'frozen/n' in int32"),
-        (('"frozen": {}', '"frozen": {"a": {"b": jnp.zeros(1)}, "a/b": jnp.zeros(1)}'), "two arrays"),
+        (('"constants": {}', '"constants": {"n": jnp.zeros(1, jnp.int32)}'), "keeps 'constants/n' in int32"),
+        (('"constants": {}', '"constants": {"a": {"b": jnp.zeros(1)}, "a/b": jnp.zeros(1)}'), "two arrays"),
         (("width: int = 3", 'width: int = 3\n    tint: str = "x"\n    __repr__ = lambda self: "a\\nb"'), "recipe_repr"),
     ],
 )

@@ -21,7 +21,7 @@ from fastcifar_jax.data.load import DataInfo
 from fastcifar_jax.evaluate import SixViewTTA
 from fastcifar_jax.models.activations import Celu
 from fastcifar_jax.models.base import Model
-from fastcifar_jax.models.layers import Norm
+from fastcifar_jax.models.layers import BatchNormConfig
 from fastcifar_jax.models.resnet9 import ResNet9
 from fastcifar_jax.recipe import Recipe
 from fastcifar_jax.runs import saved_model as saved
@@ -39,7 +39,7 @@ class Linear:
     def __call__(self, num_classes, compute_dtype):
         def init(key, images):
             shapes = {"w": (3, num_classes), "b": (num_classes,)}
-            return {"params": {k: jnp.zeros(v) for k, v in shapes.items()}, "frozen": {}, "batch_stats": {}}
+            return {"params": {k: jnp.zeros(v) for k, v in shapes.items()}, "constants": {}, "batch_stats": {}}
 
         def apply(variables, images, train):
             params = variables["params"]
@@ -49,7 +49,7 @@ class Linear:
 
 
 LINEAR = Recipe(model=Linear(), compute_dtype="float32")
-NARROW = ResNet9(channels=(1, 1, 1, 1), activation=Celu(), norm=Norm(num_groups=2), res_layers=())
+NARROW = ResNet9(channels=(1, 1, 1, 1), activation=Celu(), norm=BatchNormConfig(num_groups=2), res_layers=())
 RESNET9 = Recipe(model=NARROW, tta=SixViewTTA(), compute_dtype="float32")
 
 
@@ -202,7 +202,7 @@ def test_truncated(tmp_path, resnet9, left):
         ("network.channels", [2**31, 2**31, 2**31, 2**31], ""),
         ("network.norm.num_groups", 2**31, "expected float32"),
         ("network.channels", [1, 1, 1, 10**4000], "network.channels is"),
-        ("network.whiten", True, "it lacks the tensors frozen/whiten/kernel"),
+        ("network.whiten", True, "it lacks the tensors constants/whiten/kernel"),
         ("network.whiten", 1, "network.whiten is 1; expected bool"),
         ("network.pool_order", "norm", "network.pool_order is 'norm'"),
         ("network.res_layers", ["layer9"], "res_layers and extra_layers name"),
@@ -210,7 +210,7 @@ def test_truncated(tmp_path, resnet9, left):
         ("network.activation", {"class": "Celu", "alpha": 0.0}, "alpha 0.0"),
         ("network.activation", {"class": "Celu", "alpha": 1.0, "more": 1}, "expected alpha"),
         ("network.activation", {"class": "NoTTA"}, "expected one of Relu, Celu, Gelu"),
-        ("network.norm", None, "network.norm is None; expected one of Norm"),
+        ("network.norm", None, "network.norm is None; expected one of BatchNormConfig"),
         ("network.norm.eps", float("-inf"), "network.norm.eps is -inf"),
         ("tta.shift", 0, "shift 0"),
         ("tta.shift", 2**30, "SixViewTTA shifts by 1073741824 pixels"),
@@ -265,7 +265,7 @@ JSON = st.recursive(
     | st.integers()
     | st.floats()
     | st.text(max_size=9)
-    | st.sampled_from(["Norm", "ResNet9"]),
+    | st.sampled_from(["BatchNormConfig", "ResNet9"]),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(["class", "repr", "alpha"]), inner),
     max_leaves=6,
 )

@@ -43,7 +43,7 @@ def test_strategies(alone, call, strategy):
             assert a[2:] == pytest.approx(b[2:], rel=1e-4)
     status, out, _ = call(*RUN, "--seeds", "4", "--mesh", "1")
     assert status == 0 and "3 skipped" in out and "trick, seeds 3: loop on 1x1 devices" in out
-    assert "on record, by another strategy; --again" in out
+    assert "on record, by another strategy; --rerun" in out
 
 
 def test_one_seed_after_another_over_a_mesh_is_bitwise_the_same(alone, call):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from experiments.bag_of_tricks import baseline, gpu_preprocessing
-from fastcifar_jax.augment import Crop, Cutout, Flip, PerExample, ShuffledGroups, augment, normalize
+from fastcifar_jax.augment import Crop, Cutout, Flip, GroupedSampling, IndependentSampling, augment, normalize
 from fastcifar_jax.types import Dataset, StepInfo
 from tests.test_train import small
 
@@ -43,7 +43,7 @@ def test_each_epoch_keeps_other_options():
 
 @pytest.mark.parametrize(("num_images", "max_options"), [(731, 200), (731, None), (60, 200)])
 def test_groups_differ_by_one_image_at_most(num_images, max_options):
-    recipe = replace(gpu_preprocessing, choices=ShuffledGroups(max_options))
+    recipe = replace(gpu_preprocessing, sampling=GroupedSampling(max_options))
     plan = draw_plan(recipe, num_images, 32, 32, generator())
     for augmentation, options in zip(ALL, plan.options, strict=True):
         used = min(len(augmentation.options(32, 32)), max_options or 1000, num_images)
@@ -61,7 +61,7 @@ def test_transforms_are_grouped_independently():
 
 
 def test_per_example_options_are_uniform():
-    plan = draw_plan(replace(baseline, choices=PerExample()), 100_000, 32, 32, generator())
+    plan = draw_plan(replace(baseline, sampling=IndependentSampling()), 100_000, 32, 32, generator())
     for options, count in zip(plan.options, (81, 2, 625), strict=True):
         found = counts(options).double()
         assert len(found) == count

@@ -282,7 +282,10 @@ class Focal:
             r"loss Focal\(label_smoothing=0.0\); the PyTorch twin knows CrossEntropy: train it with JAX",
         ),
         ({"model": replace(final.model, extra_layers=("layer2",))}, r"no model.extra_layers \('layer2',\)"),
-        ({"model": replace(final.model, norm=replace(final.model.norm, faithful=True))}, "no model.norm.faithful True"),
+        (
+            {"model": replace(final.model, norm=replace(final.model.norm, eval_first_group=True))},
+            "no model.norm.eval_first_group True",
+        ),
         ({"compute_dtype": "float16"}, "no compute_dtype 'float16'; use float32, mixed or bfloat16"),
         ({"compute_dtype": "float64"}, "no compute_dtype 'float64'"),
         ({"batch_size": 100}, "a batch of 100 images is not 16 equal ghost groups; change batch_size"),
