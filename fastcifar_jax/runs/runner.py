@@ -15,7 +15,7 @@ from rich.console import Console
 
 from fastcifar_jax.cli import console as report
 from fastcifar_jax.data.load import DataInfo, load
-from fastcifar_jax.ops import conv
+from fastcifar_jax.ops import backend
 from fastcifar_jax.recipe import Recipe, flatten
 from fastcifar_jax.runs import checkpoint, records
 from fastcifar_jax.runs import saved_model as saved
@@ -129,7 +129,7 @@ def make_runner(
     recipe, info = job.recipe, job.data.info
     train = _trainer(job, driver, compiled)
     new = new_record(job, driver, arguments)
-    each_step = conv.can_sync_each_step()
+    each_step = backend.can_sync_each_step()
     compiles = True
 
     def run(seed: int) -> Record:
@@ -214,7 +214,7 @@ def new_record(job: RunSpec, driver: Driver, arguments: tuple[str, ...]) -> Reco
         device=records.device(),
         versions={**records.versions(), **(job.twin.versions() if job.twin else {})},
         source_hash=records.source_hash(job.path),
-        conv="torch" if job.twin else conv.conv_backend()[0],
+        conv="torch" if job.twin else backend.conv_backend()[0],
         driver="python" if job.twin else driver,
         command=arguments,
         started="",

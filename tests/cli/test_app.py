@@ -10,7 +10,7 @@ import pytest
 from experiments import bag_of_tricks
 from fastcifar_jax.cli import app as cli
 from fastcifar_jax.cli.options import parse_seeds
-from fastcifar_jax.ops import conv
+from fastcifar_jax.ops import backend
 from fastcifar_jax.recipe import change
 from fastcifar_jax.runs import experiments as discover
 from fastcifar_jax.runs import records
@@ -43,7 +43,7 @@ def test_run_of_a_file(workplace, call):
     assert (first.seed, second.seed, first.experiment, first.framework) == (0, 1, "trick", "jax")
     assert first.status == "finished" and first.error is None and first.command == arguments
     assert first.data == {"source": "tiny.npz", "hash": first.data["hash"], "train": 130, "test": 20}
-    assert (first.driver, first.conv) == ("python", conv.conv_backend()[0])
+    assert (first.driver, first.conv) == ("python", backend.conv_backend()[0])
     assert first.recipe["model.width"] == 3 and "Linear(width=3)" in first.recipe_repr
     for record in (first, second):
         assert [epoch.epoch for epoch in record.epochs] == [1, 2]
