@@ -21,7 +21,7 @@ from typing import Any, Literal, cast
 import jax
 
 ConvBackend = Literal["lax", "onednn"]
-Driver = Literal["python", "scan"]  # of the training loop
+StepLoop = Literal["step", "block", "epoch"]  # training steps that one call runs
 
 CHECK_SECONDS = 120  # a check that takes longer hangs
 _GAP = 2**30  # bytes of address space for small allocations
@@ -114,12 +114,16 @@ def _cpu_info() -> str:
         return ""
 
 
-def default_driver() -> Driver:
-    """ "scan", except on a CPU with lax: XLA's weight gradients take 10 times as long and more in a loop.
+def step_loop() -> StepLoop:
+    """How many training steps one call of a compiled program runs.
 
-    See jax issue 12868 and `benchmarks/drivers.py`.
+    "epoch" on accelerators, which must not wait for the host. On a CPU "block", any number of steps, so that progress
+    can be shown; with lax "step", because XLA's weight gradients take 10 times as long and more in a loop (jax issue
+    12868).
     """
-    return "python" if jax.default_backend() == "cpu" and conv_backend()[0] == "lax" else "scan"
+    if jax.default_backend() != "cpu":
+        return "epoch"
+    return "block" if conv_backend()[0] == "onednn" else "step"
 
 
 def default_dtype() -> str:
@@ -149,11 +153,6 @@ def known_options(options: dict[str, Any]) -> dict[str, Any]:
     except jax.errors.JaxRuntimeError:  # "No such compile option"
         return {}
     return options
-
-
-def can_sync_each_step() -> bool:
-    """Whether a loop may wait for each step: not on an accelerator, which would idle until the next is sent to it."""
-    return jax.default_backend() == "cpu"
 
 
 def configure_cpu() -> None:
