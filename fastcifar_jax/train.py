@@ -17,7 +17,6 @@ from fastcifar_jax.augment import EpochPlan, augment, normalize, plan_epoch
 from fastcifar_jax.evaluate import evaluate
 from fastcifar_jax.models.base import PRECISIONS
 from fastcifar_jax.ops.backend import Driver, compiler_options, default_driver
-from fastcifar_jax.ops.batch_norm import share_of_batch
 from fastcifar_jax.optim import skipped_gradients
 from fastcifar_jax.recipe import Recipe, resolve_dtype
 from fastcifar_jax.schedules import count_steps
@@ -82,10 +81,6 @@ def make_functions(
     if not steps_per_epoch:
         raise ValueError(f"batch_size {batch_size} is larger than the {num_train} training images; set it lower")
     model = recipe.model(num_classes, recipe.compute_dtype)
-    if axis_name is not None:
-        if model.split is None:
-            raise ValueError(f"the network of {recipe.name!r} has no `split`; give it one, or run on one device a seed")
-        model = model.split(axis_name)
     tx = recipe.optim(recipe.num_epochs, steps_per_epoch, batch_size)
     num_steps = count_steps(recipe.num_epochs, steps_per_epoch)
     train_step = make_train_step(
@@ -107,8 +102,6 @@ def make_functions(
 
     def train_batch(state, totals, dataset, plan, index):
         ids = lax.dynamic_slice(plan.order, (index * batch_size,), (batch_size,))
-        if axis_name is not None:
-            ids = share_of_batch(ids, model.num_groups, axis_name)
         images = as_images(dataset.train_images[ids])
         images = augment(images, recipe.augmentations, tuple(choice[ids] for choice in plan.choices))
         state, info = train_step(state, Batch(images, dataset.train_labels[ids]))

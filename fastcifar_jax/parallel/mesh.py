@@ -16,7 +16,6 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, UInt32
 
 from fastcifar_jax.ops.backend import Driver, compiler_options
-from fastcifar_jax.ops.batch_norm import whole_groups
 from fastcifar_jax.parallel.hosts import place
 from fastcifar_jax.recipe import Recipe, resolve_dtype
 from fastcifar_jax.train import CompiledRun, make_functions, shapes_of, with_values
@@ -82,7 +81,7 @@ def compile_for_mesh(
     num_groups = recipe.model(num_classes, resolve_dtype(recipe).compute_dtype).num_groups
 
     one, shared = P("seed"), P()
-    spread = P("seed", "batch") if axis_name and whole_groups(num_groups, devices) else one
+    spread = P("seed", "batch") if axis_name and num_groups % devices == 0 else one
     average = {name: spread if name == "batch_stats" else one for name in state.average} if state.average else one
     training = TrainState._make((one, one, one, spread, one, average))  # how a state lies between programs
     lift = functools.partial(_over_seeds, strategy=strategy)
