@@ -3,7 +3,7 @@
     python benchmarks/norms.py --shape 1024,31,31,64 --groups 1 --activation gelu
     python benchmarks/norms.py --shape 512,32,32,128 --groups 16 --activation celu
 
-Max-pool, norm and activation with all gradients, on random maps: by `norm.normalize_groups`, and by the definition over
+Max-pool, norm and activation with all gradients, on random maps: by `normalize_groups`, and by the definition over
 [batch / groups, groups, height, width, channels], differentiated by JAX. In turns within one process, the median of at
 least 5 each and the ratio.
 
@@ -52,7 +52,7 @@ def main(shape, groups, activation, rounds):
     scale, bias = jnp.ones(x.shape[-1]), jnp.zeros(x.shape[-1])
     activate = Celu() if activation == "celu" else Gelu()
     norms = {
-        "norm.py": lambda *args: normalize_groups(*args, groups, jnp.float32(EPS))[0],
+        "norm.py": lambda *args: normalize_groups(*args, groups, EPS)[0],
         "by definition": lambda *args: by_definition(*args, groups),
     }
 
