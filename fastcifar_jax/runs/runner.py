@@ -17,7 +17,7 @@ from fastcifar_jax.cli import console as report
 from fastcifar_jax.data.load import DataInfo, load
 from fastcifar_jax.ops import conv
 from fastcifar_jax.recipe import Recipe, flatten
-from fastcifar_jax.runs import checkpoint, records
+from fastcifar_jax.runs import checkpoint, provenance, records
 from fastcifar_jax.runs import saved_model as saved
 from fastcifar_jax.runs.logging import Log
 from fastcifar_jax.runs.records import Record, RecordError
@@ -59,7 +59,7 @@ def load_data(source: str, limit_train: int | None, console: Console) -> LoadedD
     """
     console.print(f"loading {source}", soft_wrap=True)
     dataset, info = load(source, limit_train=limit_train)
-    text = report.device_text(records.device())  # starts the device too, which is no part of the transfer
+    text = report.device_text(provenance.device())  # starts the device too, which is no part of the transfer
     start = time.perf_counter()
     dataset = jax.block_until_ready(jax.device_put(dataset))
     seconds = time.perf_counter() - start
@@ -128,7 +128,7 @@ def make_runner(
     """
     recipe, info = job.recipe, job.data.info
     train = _trainer(job, driver, compiled)
-    new = new_record(job, driver, arguments)
+    new = new_record(job, arguments)
     each_step = conv.can_sync_each_step()
     compiles = True
 
@@ -136,7 +136,7 @@ def make_runner(
         nonlocal compiles
         known = None if rerun else on_record(job, out, seed, save)
         if known is not None:
-            show_known(job, known, new, console)
+            show_existing(job, known, new, console)
             ended.append(known)
             return known
         label = f"{job.arm}, seed {seed}"
@@ -198,7 +198,7 @@ def _shapes_of_state(job: RunSpec) -> TrainState:
     return shapes_of(functions, job.recipe, job.data.dataset).state
 
 
-def new_record(job: RunSpec, driver: Driver, arguments: tuple[str, ...]) -> Record:
+def new_record(job: RunSpec, arguments: tuple[str, ...], mesh: str = "1x1") -> Record:
     """What is known of a run before it starts."""
     recipe, info = job.recipe, job.data.info
     return Record(
@@ -210,12 +210,14 @@ def new_record(job: RunSpec, driver: Driver, arguments: tuple[str, ...]) -> Reco
         seed=0,
         status="crashed",
         error=None,
-        data={"source": info.source, "hash": info.hash, "train": info.train, "test": info.test},
-        device=records.device(),
-        versions={**records.versions(), **(job.twin.versions() if job.twin else {})},
-        source_hash=records.source_hash(job.path),
-        conv="torch" if job.twin else conv.conv_backend()[0],
-        driver="python" if job.twin else driver,
+        provenance=provenance.collect(
+            info,
+            job.path,
+            recipe.compute_dtype,
+            mesh=mesh,
+            conv_backend="torch" if job.twin else None,
+            more_versions=job.twin.versions() if job.twin else None,
+        ),
         command=arguments,
         started="",
         epochs=(),
@@ -233,16 +235,11 @@ def _trainer(job: RunSpec, driver: Driver, compiled: dict[tuple, CompiledRun] | 
     return lambda seed, *callbacks: train(seed, arrays, *callbacks)
 
 
-def _provenance_diff(known: Record, new: Record) -> list[str]:
-    """What differs in the making of two records of one run."""
-    fields = {"source code": "source_hash"} | {name: name for name in ("device", "driver", "strategy", "mesh")}
-    return [text for text, name in fields.items() if getattr(known, name) != getattr(new, name)]
-
-
-def show_known(job: RunSpec, known: Record, new: Record, console: Console) -> None:
-    """Says that a run is on record, and what made it otherwise than `new` would be made."""
-    other = "".join(f", by another {name}" for name in _provenance_diff(known, new))
-    console.print(f"{report.seed_line(job.arm, known)} (on record{other}; --rerun repeats it)", soft_wrap=True)
+def show_existing(job: RunSpec, existing: Record, new: Record, console: Console) -> None:
+    """Prints that a run is on record, and in which provenance it differs from `new`."""
+    differs = ", ".join(existing.provenance.diff(new.provenance))
+    differs = f", with different {differs}" if differs else ""
+    console.print(f"{report.seed_line(job.arm, existing)} (on record{differs}; --rerun repeats it)", soft_wrap=True)
 
 
 def _both(first: report.OnEpoch, second: report.OnEpoch) -> report.OnEpoch:
