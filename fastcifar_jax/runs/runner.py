@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import functools
+import os
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -19,6 +20,7 @@ from fastcifar_jax.ops import conv
 from fastcifar_jax.recipe import Recipe, flatten
 from fastcifar_jax.runs import checkpoint, provenance, records
 from fastcifar_jax.runs import saved_model as saved
+from fastcifar_jax.runs.checkpoint import CheckpointError
 from fastcifar_jax.runs.logging import Log
 from fastcifar_jax.runs.records import Record, RecordError
 from fastcifar_jax.train import CompiledRun, Diverged, Driver, eval_variables, make_functions, make_train, shapes_of
@@ -144,7 +146,7 @@ def make_runner(
         say = lambda text: console.print(f"{label}: {text}", soft_wrap=True)
         resume = on_snapshot = None
         if checkpoints:
-            resume, on_snapshot = checkpoint.keep(state_file, of_seed, lambda: _shapes_of_state(job), say)
+            resume, on_snapshot = _keep(state_file, of_seed, lambda: _shapes_of_state(job), say)
         save_model = (lambda run: _save_model(job, out, seed, run)) if save else None
         with report.watch(console, label, recipe, info.train, compiles=compiles, each_step=each_step) as watching:
             show, on_step, on_compiled = watching
@@ -160,7 +162,7 @@ def make_runner(
                 raise
             failure.add_note(str(error))
         if record.status != "crashed":
-            checkpoint.remove(state_file)
+            checkpoint.remove_checkpoint(state_file)
         ended.append(record)
         console.print(report.seed_line(job.arm, record), soft_wrap=True)
         if failure is not None:
@@ -223,6 +225,26 @@ def new_record(job: RunSpec, arguments: tuple[str, ...], mesh: str = "1x1") -> R
         epochs=(),
         result=None,
     )
+
+
+def _keep(path, record, like, say):
+    """`resume` and `on_snapshot` of a training function; a checkpoint that fails costs no run."""
+
+    def on_snapshot(snapshot):
+        try:
+            checkpoint.save_checkpoint(path, snapshot, record)
+        except CheckpointError as error:
+            say(f"warning: no checkpoint of epoch {len(snapshot.epochs)}: {error}; training continues")
+
+    resume = None
+    if os.path.lexists(path):
+        try:
+            resume = checkpoint.load_checkpoint(path, record, like())
+        except CheckpointError as error:
+            say(f"warning: {error}; starting from the beginning")
+    if resume is not None:
+        say(f"continuing after epoch {len(resume.epochs)}, from {path}")
+    return resume, on_snapshot
 
 
 def _trainer(job: RunSpec, driver: Driver, compiled: dict[tuple, CompiledRun] | None) -> Train:
