@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from experiments.bag_of_tricks import final  # noqa: E402
 from fastcifar_jax.data.load import load  # noqa: E402
-from fastcifar_jax.ops import conv  # noqa: E402
+from fastcifar_jax.ops import backend  # noqa: E402
 from fastcifar_jax.recipe import change  # noqa: E402
 from fastcifar_jax.train import compile_programs  # noqa: E402
 from fastcifar_jax.tunable import tunable  # noqa: E402
@@ -36,7 +36,7 @@ from fastcifar_jax.tunable import tunable  # noqa: E402
 @click.option("--dtype", default="mixed", show_default=True)
 @click.option("--rounds", type=click.IntRange(5), default=6, show_default=True)
 def main(data, limit_train, width, dtype, rounds):
-    conv.configure_cpu()
+    backend.configure_cpu()
     recipe = change(final, (), None, width, dtype)
     dataset, info = load(data, limit_train=limit_train)
     dataset = jax.device_put(dataset)
@@ -68,7 +68,7 @@ def main(data, limit_train, width, dtype, rounds):
     ratios = [a / b for a, b in zip(seconds["python"], seconds["scan"], strict=True)]
     print(
         f"scan / python: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}), "
-        f"conv {conv.conv_backend()[0]}"
+        f"conv {backend.conv_backend()[0]}"
     )
 
 

@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from experiments.bag_of_tricks import final  # noqa: E402
 from fastcifar_jax.data.load import load  # noqa: E402
-from fastcifar_jax.ops import conv  # noqa: E402
+from fastcifar_jax.ops import backend  # noqa: E402
 from fastcifar_jax.parallel.hosts import place  # noqa: E402
 from fastcifar_jax.parallel.mesh import (
     compile_for_mesh,  # noqa: E402
@@ -57,8 +57,8 @@ from fastcifar_jax.tunable import tunable  # noqa: E402
 @click.option("--driver", type=click.Choice(("python", "scan")), help="Default by platform.")
 @click.option("--rounds", type=click.IntRange(5), default=6, show_default=True)
 def main(data, limit_train, width, dtype, count, driver, rounds):
-    conv.configure_cpu()
-    driver = driver or conv.default_driver()
+    backend.configure_cpu()
+    driver = driver or backend.default_driver()
     recipe = change(final, (), None, width, dtype)
     dataset, info = load(data, limit_train=limit_train)
     dataset = jax.device_put(dataset)
@@ -105,7 +105,7 @@ def main(data, limit_train, width, dtype, count, driver, rounds):
             if i:  # the first round warms up
                 seconds[strategy].append(time.perf_counter() - start)
     images = count * steps * recipe.batch_size
-    print(f"width {width}, {count} seeds, {driver}, {dtype}, conv {conv.conv_backend()[0]}, n = {rounds}")
+    print(f"width {width}, {count} seeds, {driver}, {dtype}, conv {backend.conv_backend()[0]}, n = {rounds}")
     for strategy, times in seconds.items():
         ratios = [a / b for a, b in zip(times, seconds["loop"], strict=True)]
         print(

@@ -16,7 +16,7 @@ from fastcifar_jax.evaluate import TTA, FlipTTA
 from fastcifar_jax.losses import CrossEntropy
 from fastcifar_jax.models.base import PRECISIONS, Network
 from fastcifar_jax.models.resnet9 import ResNet9
-from fastcifar_jax.ops import conv
+from fastcifar_jax.ops import backend
 from fastcifar_jax.optim import Nesterov, Optimizer
 
 CIFAR10_MEAN = (125.31, 122.95, 113.87)  # of the training images, red green blue, 0..255
@@ -69,7 +69,7 @@ class Recipe:
       tta: views of a test image.
       compute_dtype: "float32", "mixed" (bfloat16 operands in convolutions and the head, float32 between them),
         "bfloat16", "float16" or "float64"; the weights are kept in float32 at least. "auto" is what
-        `conv.default_dtype` says where the run is made; records name the dtype that it stood for.
+        `backend.default_dtype` says where the run is made; records name the dtype that it stood for.
       init_images: how many training images, from the first on, the network's initialisation sees.
       published: figures of the source; not part of the hash.
 
@@ -210,7 +210,7 @@ def resolve_dtype(recipe: Recipe) -> Recipe:
     """The recipe with "auto" replaced by the compute dtype that this machine is given."""
     if recipe.compute_dtype != "auto":
         return recipe
-    return dataclasses.replace(recipe, compute_dtype=conv.default_dtype())
+    return dataclasses.replace(recipe, compute_dtype=backend.default_dtype())
 
 
 def _replace_at(node: Any, path: list[str], value: Any, name: str) -> Any:

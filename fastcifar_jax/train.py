@@ -16,8 +16,8 @@ from jaxtyping import Array, Int, PRNGKeyArray
 from fastcifar_jax.augment import EpochPlan, augment, normalize, plan_epoch
 from fastcifar_jax.evaluate import evaluate
 from fastcifar_jax.models.base import PRECISIONS
+from fastcifar_jax.ops.backend import Driver, compiler_options, default_driver
 from fastcifar_jax.ops.batch_norm import share_of_batch
-from fastcifar_jax.ops.conv import Driver, compiler_options, default_driver
 from fastcifar_jax.optim import skipped_gradients
 from fastcifar_jax.recipe import Recipe, resolve_dtype
 from fastcifar_jax.schedules import count_steps

@@ -29,8 +29,8 @@ from fastcifar_jax.cli.plot import plot
 from fastcifar_jax.cli.report import report_command
 from fastcifar_jax.cli.reproduce import reproduce_command
 from fastcifar_jax.models.base import PRECISIONS
-from fastcifar_jax.ops import conv
-from fastcifar_jax.ops.conv import default_driver, default_dtype
+from fastcifar_jax.ops import backend
+from fastcifar_jax.ops.backend import default_driver, default_dtype
 from fastcifar_jax.parallel import hosts
 from fastcifar_jax.parallel.mesh import Strategy, make_mesh
 from fastcifar_jax.recipe import change
@@ -145,7 +145,7 @@ def run(
             )
     if distributed:
         with usage_errors():
-            conv.keep_freed_memory()  # before JAX starts its threads
+            backend.keep_freed_memory()  # before JAX starts its threads
             hosts.initialize()
         console.quiet = not hosts.writes_records()
     jobs, driver = make_jobs(invocation, names, options, console)
@@ -268,13 +268,13 @@ def doctor() -> None:
     """Tells what runs are made with here, and why."""
     console = report.make_console()
     with usage_errors():
-        backend, reason = conv.conv_backend()
+        conv, reason = backend.conv_backend()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
     lines = {
         "device": report.device_text(provenance.device()),
         "memory": f"{memory / 2**30:.1f} GiB" if memory else "unknown",
         "versions": ", ".join(f"{name} {version}" for name, version in provenance.versions().items()),
-        "convolutions": f"{backend}: {reason}",
+        "convolutions": f"{conv}: {reason}",
         "driver": default_driver(),
         "dtype": default_dtype(),
         "data": os.environ.get("FASTCIFAR_DATA") or "cifar10 (FASTCIFAR_DATA is not set)",

@@ -12,7 +12,7 @@ from fastcifar_jax.cli import console as report
 from fastcifar_jax.cli.options import CliContext, json_option, usage_errors
 from fastcifar_jax.data.load import load
 from fastcifar_jax.data.readers import DataError, as_data_error, bounded_bytes, decode_image
-from fastcifar_jax.ops import conv
+from fastcifar_jax.ops import backend
 from fastcifar_jax.runs import experiments as discover
 from fastcifar_jax.runs import files
 from fastcifar_jax.runs import saved_model as saved
@@ -141,7 +141,7 @@ def read_image(path: Path, shape: tuple[int, int, int], resize: bool) -> np.ndar
 
 def _load(invocation: CliContext, path: Path, recipe_name: str | None) -> SavedModel:
     with usage_errors():
-        conv.configure_cpu()  # before anything asks JAX for a device
+        backend.configure_cpu()  # before anything asks JAX for a device
         found = discover.resolve((recipe_name,), invocation.folder) if recipe_name else []
         if len(found) > 1:
             raise ValueError(f"{recipe_name} declares {len(found)} recipes; give one")

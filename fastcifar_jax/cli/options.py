@@ -16,8 +16,8 @@ from rich.console import Console
 
 from fastcifar_jax.analysis.compare import arm_name, parse_arm
 from fastcifar_jax.models.base import PRECISIONS
-from fastcifar_jax.ops import conv
-from fastcifar_jax.ops.conv import Driver
+from fastcifar_jax.ops import backend
+from fastcifar_jax.ops.backend import Driver
 from fastcifar_jax.recipe import change, resolve_dtype
 from fastcifar_jax.runs import experiments as discover
 from fastcifar_jax.runs import runner as runs
@@ -168,7 +168,7 @@ def make_jobs(
       click.UsageError: names, values or data that cannot be used.
     """
     with usage_errors():
-        conv.configure_cpu()  # before anything asks JAX for a device
+        backend.configure_cpu()  # before anything asks JAX for a device
     load_once = functools.cache(lambda source: runs.load_data(source, options.limit_train, console))
     jobs: dict[str, RunSpec] = {}
     with usage_errors():
@@ -191,7 +191,7 @@ def make_jobs(
                 whole = data.info.source == "cifar10" and options.limit_train is None
                 matches_published = whole and recipe == resolve_dtype(experiment.recipe)
                 jobs.setdefault(arm, RunSpec(arm, recipe, experiment.path, matches_published, data, twin))
-    return jobs, options.driver or conv.default_driver()
+    return jobs, options.driver or backend.default_driver()
 
 
 def torch_twin() -> ModuleType:

@@ -17,7 +17,7 @@ from fastcifar_jax.cli.options import (
     width_option,
 )
 from fastcifar_jax.models.activations import Celu, Gelu, Relu
-from fastcifar_jax.ops import conv
+from fastcifar_jax.ops import backend
 from fastcifar_jax.recipe import Recipe, change
 from fastcifar_jax.report import figures as plots
 from fastcifar_jax.report import graph, plot_data
@@ -137,7 +137,7 @@ def bn_dynamics(
     """Trains recipe NAME (default: ghost_norm) and shows scales and biases of its norms after each epoch."""
     with usage_errors():
         plots.new_figure(1, 1)  # nothing is trained where it could not be drawn
-        conv.configure_cpu()
+        backend.configure_cpu()
     recipe, loaded = _with_data(invocation, name, assignments, data, limit_train, epochs, width)
     records.make_folder(out.parent)
     console = report.make_console()

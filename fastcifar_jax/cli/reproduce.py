@@ -13,8 +13,8 @@ from rich.console import Console
 from fastcifar_jax.analysis.compare import arm_name
 from fastcifar_jax.cli import console as report
 from fastcifar_jax.cli.options import CliContext, json_option, torch_twin, usage_errors
-from fastcifar_jax.ops import conv
-from fastcifar_jax.ops.conv import Driver
+from fastcifar_jax.ops import backend
+from fastcifar_jax.ops.backend import Driver
 from fastcifar_jax.runs import experiments as discover
 from fastcifar_jax.runs import records, reproduce
 from fastcifar_jax.runs import runner as runs
@@ -116,7 +116,7 @@ def _experiment(record: Record, name: str | None, folder: Path | None) -> Experi
 
 
 def _job(record: Record, name: str | None, source: str | None, invocation: CliContext, console: Console) -> RunSpec:
-    conv.configure_cpu()  # before anything asks JAX for a device
+    backend.configure_cpu()  # before anything asks JAX for a device
     experiment = _experiment(record, name, invocation.folder)
     recipe = reproduce.rebuild(experiment.recipe, record)
     twin = torch_twin() if record.framework == "torch" else None

@@ -15,8 +15,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, UInt32
 
+from fastcifar_jax.ops.backend import Driver, compiler_options
 from fastcifar_jax.ops.batch_norm import whole_groups
-from fastcifar_jax.ops.conv import Driver, compiler_options
 from fastcifar_jax.parallel.hosts import place
 from fastcifar_jax.recipe import Recipe, resolve_dtype
 from fastcifar_jax.train import CompiledRun, make_functions, shapes_of, with_values

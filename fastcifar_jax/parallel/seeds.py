@@ -23,8 +23,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from fastcifar_jax.ops import conv
-from fastcifar_jax.ops.conv import Driver, default_driver
+from fastcifar_jax.ops import backend
+from fastcifar_jax.ops.backend import Driver, default_driver
 from fastcifar_jax.parallel.hosts import gather, place, require_agreement, to_host
 from fastcifar_jax.parallel.mesh import Strategy, compile_for_mesh, make_mesh, raw_keys, spread_over
 from fastcifar_jax.recipe import Recipe, resolve_dtype
@@ -95,7 +95,7 @@ def make_train_seeds(
         on_compiled: Callable[[float], None] | None = None,
     ) -> list[Outcome]:
         seeds = list(seeds)
-        require_agreement((resolve_dtype(recipe), seeds, strategy, driver, at_once, conv.conv_backend()[0]), dataset)
+        require_agreement((resolve_dtype(recipe), seeds, strategy, driver, at_once, backend.conv_backend()[0]), dataset)
         rows = mesh.shape["seed"]
         each = 1 if strategy == "loop" else max(1, min(at_once or len(seeds), -(-len(seeds) // rows)))
         dataset = place(dataset, spread_over(mesh))
@@ -154,7 +154,7 @@ def _make_loops(recipe, num_classes, mesh, driver, keep_states):
 
     def train_seeds(seeds, dataset, on_seed=None, on_epoch=None, on_compiled=None):
         seeds = list(seeds)
-        require_agreement((resolve_dtype(recipe), seeds, "loop", driver, conv.conv_backend()[0]), dataset)
+        require_agreement((resolve_dtype(recipe), seeds, "loop", driver, backend.conv_backend()[0]), dataset)
         copies = {device: jax.device_put(dataset, device) for device in trains}
         outcomes: dict[int, Outcome] = {}  # position -> outcome
 

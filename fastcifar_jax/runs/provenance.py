@@ -14,7 +14,7 @@ import jax
 
 from fastcifar_jax import __version__
 from fastcifar_jax.data.load import DataInfo
-from fastcifar_jax.ops import conv
+from fastcifar_jax.ops import backend
 from fastcifar_jax.runs.files import parse
 
 _JAX_OPTIONS = (
@@ -113,7 +113,7 @@ def collect(
         versions={**versions(), **(more_versions or {})},
         source_hash=source_hash(experiment),
         precision=precision,
-        conv=conv_backend or conv.conv_backend()[0],
+        conv=conv_backend or backend.conv_backend()[0],
         mesh=mesh,
         settings=settings(),
     )

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from fastcifar_jax.cli import console as report
 from fastcifar_jax.data.load import DataInfo, load
-from fastcifar_jax.ops import conv
+from fastcifar_jax.ops import backend
 from fastcifar_jax.recipe import Recipe, flatten
 from fastcifar_jax.runs import checkpoint, provenance, records
 from fastcifar_jax.runs import saved_model as saved
@@ -131,7 +131,7 @@ def make_runner(
     recipe, info = job.recipe, job.data.info
     train = _trainer(job, driver, compiled)
     new = new_record(job, arguments)
-    each_step = conv.can_sync_each_step()
+    each_step = backend.can_sync_each_step()
     compiles = True
 
     def run(seed: int) -> Record:

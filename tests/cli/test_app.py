@@ -10,7 +10,7 @@ import pytest
 from experiments import bag_of_tricks
 from fastcifar_jax.cli import app as cli
 from fastcifar_jax.cli.options import parse_seeds
-from fastcifar_jax.ops import conv
+from fastcifar_jax.ops import backend
 from fastcifar_jax.recipe import change
 from fastcifar_jax.runs import experiments as discover
 from fastcifar_jax.runs import records
@@ -44,7 +44,7 @@ def test_run_of_a_file(workplace, call):
     assert first.status == "finished" and first.error is None and first.command == arguments
     data = first.provenance.data
     assert data == {"source": "tiny.npz", "hash": data["hash"], "train": 130, "test": 20}
-    assert first.provenance.conv == conv.conv_backend()[0]
+    assert first.provenance.conv == backend.conv_backend()[0]
     assert first.recipe["model.width"] == 3 and "Linear(width=3)" in first.recipe_repr
     for record in (first, second):
         assert [epoch.epoch for epoch in record.epochs] == [1, 2]

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastcifar_jax.ops import onednn_check
+from fastcifar_jax.ops import backend
 from fastcifar_jax.runs import records
 from tests.runs.test_checkpoint import ARGUMENTS, leftovers, raises, records_of, six_epochs
 
@@ -223,13 +223,14 @@ def test_what_a_killed_writer_left_is_taken_away(six_epochs, call):
     assert len(records.find(Path("runs"))) == 1
 
 
-def test_trial_of_onednn_that_cannot_be_remembered(tmp_path, monkeypatch):
+def test_check_of_onednn_that_cannot_be_remembered(tmp_path, monkeypatch):
+    check = backend.check_onednn.__wrapped__  # without the memory of this process
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(onednn_check, "run_trial", lambda: (True, "agreed"))
+    monkeypatch.setattr(backend, "_run_check", lambda: (True, "agreed"))
     with files_of_no_length():
-        assert onednn_check.outcome() == (True, "agreed")
+        assert check() == (True, "agreed")
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
-    assert onednn_check.outcome() == (True, "agreed")
-    monkeypatch.setattr(onednn_check, "run_trial", lambda: (False, "asked again"))
-    assert onednn_check.outcome() == (True, "agreed")
+    assert check() == (True, "agreed")
+    monkeypatch.setattr(backend, "_run_check", lambda: (False, "asked again"))
+    assert check() == (True, "agreed")
     assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 1

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from experiments import airbench, bag_of_tricks
-from fastcifar_jax.ops import conv
+from fastcifar_jax.ops import backend
 from fastcifar_jax.recipe import change, flatten, resolve_dtype
 from fastcifar_jax.runs import records
 from fastcifar_jax.runs import runner as runs
@@ -184,7 +184,7 @@ def test_seed_driver_recipe_and_convolutions_are_those_on_record(made, call, mon
     make_train = runs.make_train
 
     def spy(recipe, num_classes, driver, compiled):
-        asked.append((recipe.optim.peak_lr, recipe.num_epochs, driver, conv.conv_backend()[0]))
+        asked.append((recipe.optim.peak_lr, recipe.num_epochs, driver, backend.conv_backend()[0]))
         return make_train(recipe, num_classes, driver, compiled)
 
     monkeypatch.setattr(runs, "make_train", spy)
