@@ -23,8 +23,6 @@ from fastcifar_jax.runs.provenance import Provenance
 from fastcifar_jax.runs.records import Record
 from fastcifar_jax.types import EpochInfo, Snapshot, TrainState, flatten_by_path
 
-FORMAT = 2
-
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be written or used; the message names the file and the reason."""
@@ -50,7 +48,7 @@ def save_checkpoint(path: Path, snapshot: Snapshot, record: Record) -> None:
     run = {"recipe": record.recipe_hash, "seed": record.seed, "provenance": record.provenance.to_dict()}
     rest = {name: value for name, value in snapshot._asdict().items() if name != "state"}
     text = json.dumps({**run, "snapshot": {**rest, "epochs": [row._asdict() for row in snapshot.epochs]}})
-    metadata = {"format": str(FORMAT), "sha256": _digest(text, leaves), "run": text}
+    metadata = {"sha256": _digest(text, leaves), "run": text}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole({path: safetensors.numpy.save(leaves, metadata)})
@@ -73,10 +71,8 @@ def load_checkpoint(path: Path, record: Record, like: TrainState) -> Snapshot | 
         return None
     try:
         with safetensors.safe_open(path, framework="np") as file:
-            metadata = file.metadata() or {}
+            metadata = file.metadata()
             leaves = {name: file.get_tensor(name) for name in file.keys()}
-        if metadata.get("format") != str(FORMAT):
-            raise CheckpointError(f"{path} has format {metadata.get('format')}; expected {FORMAT}")
         if metadata["sha256"] != _digest(metadata["run"], leaves):
             raise ValueError("its checksum is wrong")
         run = json.loads(metadata["run"])

@@ -104,16 +104,11 @@ def read_json(path: Path) -> Any:
 def parse(hint: Any, value: Any, name: str = "") -> Any:
     """A value from a JSON file as an instance of the type `hint`.
 
-    Dataclasses, NamedTuples and TypedDicts are made from objects, whose unknown keys are ignored. A float may be null,
-    which is read as NaN.
-
-    Args:
-      hint: a type hint.
-      value: from `read_json`.
-      name: where the value stands, for error messages.
+    Dataclasses, NamedTuples and TypedDicts are made from objects, whose unknown keys are ignored. A null where a float
+    is expected is NaN. `name` says in error messages where the value is.
 
     Raises:
-      ValueError: the value does not have the type; the message says where.
+      ValueError: the value does not have the type.
 
     Example:
       >>> parse(dict[str, tuple[float, ...]], {"loss": [1.5, "2"]})

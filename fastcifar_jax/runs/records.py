@@ -42,7 +42,7 @@ class Record:
 
     Attributes:
       experiment: name of the recipe.
-      framework: "jax" or "torch".
+      framework: what trained it.
       recipe: dotted names and their values, as in `recipe.flatten`.
       recipe_repr: the recipe as a Python expression.
       recipe_hash: identifies everything in the recipe but its name and published figures.
@@ -57,7 +57,7 @@ class Record:
     """
 
     experiment: str
-    framework: str
+    framework: Literal["jax", "torch"]
     recipe: dict[str, Any]
     recipe_repr: str
     recipe_hash: str
