@@ -160,15 +160,10 @@ def settings() -> dict[str, bool | str | None]:
 
 
 def _flatten(provenance):
-    flat = {}
-    for field in dataclasses.fields(provenance):
-        value = getattr(provenance, field.name)
-        flat |= (
-            {f"{field.name}.{key}": item for key, item in value.items()}
-            if isinstance(value, dict)
-            else {field.name: value}
-        )
-    return flat
+    items = vars(provenance).items()
+    flat = {name: value for name, value in items if not isinstance(value, dict)}
+    groups = {name: value for name, value in items if isinstance(value, dict)}
+    return flat | {f"{name}.{key}": value for name, group in groups.items() for key, value in group.items()}
 
 
 def _cpu_model():
