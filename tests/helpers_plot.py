@@ -2,6 +2,7 @@
 
 from fastcifar_jax.runs.records import Record
 from fastcifar_jax.types import EpochInfo
+from tests.helpers_records import PROVENANCE, with_changes
 
 NORMED = '''"""A plain pair of functions: convolution, norm, activation, a residual, pools, a head."""
 
@@ -84,15 +85,11 @@ def make_record(experiment="final", seed=0, epochs=3, accuracy=0.5, status="fini
         "recipe_repr": "",
         "recipe_hash": f"{epochs:016x}",
         "error": None if status == "finished" else "lost",
-        "data": {"source": "digits", "hash": "aa", "train": 100, "test": 10},
-        "device": {"platform": "cpu", "kind": "cpu", "count": 1, "cpu": "a processor", "cores": 1},
-        "versions": {},
-        "source_hash": "",
-        "conv": "lax",
-        "driver": "scan",
         "command": (),
         "started": "",
-        **changes,
     }
     result = result if status == "finished" else None
-    return Record(experiment, recipe=recipe, seed=seed, status=status, epochs=rows, result=result, **fields)
+    record = Record(
+        experiment, recipe=recipe, seed=seed, status=status, epochs=rows, result=result, provenance=PROVENANCE, **fields
+    )
+    return with_changes(record, **{"data": {"source": "digits", "hash": "aa", "train": 100, "test": 10}, **changes})

@@ -11,6 +11,7 @@ from rich.console import Console
 from fastcifar_jax.analysis import stats
 from fastcifar_jax.cli import console as report
 from fastcifar_jax.runs import records
+from fastcifar_jax.runs.provenance import data_key
 from fastcifar_jax.runs.records import Record
 
 ACCURACIES = ("test_accuracy", "tta_accuracy")
@@ -83,7 +84,7 @@ def load_arm(out: Path, name: str, **data: Any) -> Arm:
         record
         for record in records.find(out, experiment=experiment, framework=framework).values()
         if record.recipe_hash.startswith(prefix)
-        and all(value is None or record.data[key] == value for key, value in data.items())
+        and all(value is None or record.provenance.data[key] == value for key, value in data.items())
     ]
     if not found:
         raise ValueError(f"no record of {name} in {out}; --seeds 5 makes them")
@@ -105,12 +106,13 @@ def check_comparable(arms: Sequence[Arm]) -> None:
     kinds: dict[tuple, tuple[str, Record]] = {}
     for arm in arms:
         for record in arm.records:
-            kinds.setdefault((record.data["hash"], record.data["train"], record.data["test"]), (arm.name, record))
+            kinds.setdefault(data_key(record.provenance), (arm.name, record))
     if len(kinds) > 1:
         shown = "; ".join(
-            f"{name}, seed {record.seed}: {record.data['source']}, {record.data['train']:,} training and "
-            f"{record.data['test']:,} test images, hash {record.data['hash'][:8]}"
+            f"{name}, seed {record.seed}: {data['source']}, {data['train']:,} training and "
+            f"{data['test']:,} test images, hash {data['hash'][:8]}"
             for name, record in kinds.values()
+            for data in [record.provenance.data]
         )
         raise ValueError(f"these runs saw different images: {shown}; --allow-different-data compares them nevertheless")
     for arm in arms:
@@ -174,9 +176,9 @@ def _summary(arm, values, question):
         "name": arm.name,
         "recipe_hash": first.recipe_hash,
         "num_epochs": first.recipe.get("num_epochs"),
-        "data": first.data,
-        "device": report.device_text(first.device),
-        "versions": first.versions,
+        "data": first.provenance.data,
+        "device": report.device_text(first.provenance.device),
+        "versions": first.provenance.versions,
         "seeds": [record.seed for record in arm.records],
         "diverged": count("diverged"),
         "crashed": count("crashed"),

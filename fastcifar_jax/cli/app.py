@@ -34,7 +34,7 @@ from fastcifar_jax.ops.backend import default_driver, default_dtype
 from fastcifar_jax.parallel import hosts
 from fastcifar_jax.parallel.mesh import Strategy, make_mesh
 from fastcifar_jax.recipe import change
-from fastcifar_jax.runs import bench, records
+from fastcifar_jax.runs import bench, files, provenance
 from fastcifar_jax.runs import experiments as discover
 from fastcifar_jax.runs import logging as live
 from fastcifar_jax.runs import runner as runs
@@ -260,7 +260,7 @@ def bench_command(
             raise click.ClickException(f"{recipe.name}: {error}") from error
         bench.show(found[-1], console)
     if json_path:
-        records.write_text(json_path, json.dumps(found, indent=1) + "\n")
+        files.write_text(json_path, json.dumps(found, indent=1) + "\n")
 
 
 @commands.command()
@@ -271,9 +271,9 @@ def doctor() -> None:
         conv, reason = backend.conv_backend()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
     lines = {
-        "device": report.device_text(records.device()),
+        "device": report.device_text(provenance.device()),
         "memory": f"{memory / 2**30:.1f} GiB" if memory else "unknown",
-        "versions": ", ".join(f"{name} {version}" for name, version in records.versions().items()),
+        "versions": ", ".join(f"{name} {version}" for name, version in provenance.versions().items()),
         "convolutions": f"{conv}: {reason}",
         "driver": default_driver(),
         "dtype": default_dtype(),

@@ -28,7 +28,7 @@ from fastcifar_jax.cli.options import (
 )
 from fastcifar_jax.recipe import change
 from fastcifar_jax.runs import experiments as discover
-from fastcifar_jax.runs import records
+from fastcifar_jax.runs import files, records
 from fastcifar_jax.runs import runner as runs
 from fastcifar_jax.runs.records import Record
 
@@ -106,7 +106,7 @@ def compare(
                 answer = _compare_until(runners, until_half_width, max_seeds, asked, allow_different_data, console)
     comparison.show(answer, console)
     if json_path:
-        records.write_text(json_path, records.dumps(answer))
+        files.write_text(json_path, records.dumps(answer))
 
 
 def _run(runners, seeds) -> list[Arm]:
@@ -228,4 +228,4 @@ def match_epochs(
         found = matching.match_epochs(arm_of(base_name, base_job), falling(), question, on_row)
     matching.show(found, console)
     if json_path:
-        records.write_text(json_path, records.dumps(found))
+        files.write_text(json_path, records.dumps(found))

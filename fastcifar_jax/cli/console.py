@@ -94,7 +94,7 @@ def published_line(recipe: Recipe) -> str:
 
 
 def device_text(device: dict[str, Any]) -> str:
-    """One line for `Record.device`."""
+    """One line for `Provenance.device`."""
     if device["platform"] == "cpu":
         return f"{device['cpu']}, {device['cores']} core{'s' * (device['cores'] != 1)}"
     return f"{device['count']} x {device['kind']}"
@@ -111,7 +111,8 @@ def seed_line(arm: str, record: Record) -> str:
     return (
         f"{label}: test {percent(result['test_accuracy'])}, TTA {percent(result['tta_accuracy'])}; "
         f"{result['train_seconds']:.2f} s training, {result['compile_seconds']:.2f} s compiling apart; "
-        f"{result['images_per_second']:,.0f} images/s; {record.data['source']}; {device_text(record.device)}"
+        f"{result['images_per_second']:,.0f} images/s; {record.provenance.data['source']}; "
+        f"{device_text(record.provenance.device)}"
     )
 
 

@@ -14,7 +14,7 @@ from fastcifar_jax.data.load import load
 from fastcifar_jax.data.readers import DataError, as_data_error, bounded_bytes, decode_image
 from fastcifar_jax.ops import backend
 from fastcifar_jax.runs import experiments as discover
-from fastcifar_jax.runs import records
+from fastcifar_jax.runs import files
 from fastcifar_jax.runs import saved_model as saved
 from fastcifar_jax.runs.saved_model import SavedModel
 
@@ -56,7 +56,7 @@ def predict(
     if json_path:
         rows = [[float(value) for value in row] for row in probabilities]
         answer = {"classes": model.classes, "images": list(map(str, images)), "probabilities": rows}
-        records.write_text(json_path, records.dumps({**_origin(path, model), **answer}))
+        files.write_text(json_path, files.dumps({**_origin(path, model), **answer}))
 
 
 @click.command()
@@ -118,7 +118,7 @@ def evaluate(
             "classes": model.classes,
             "confusion": confusion.tolist(),
         }
-        records.write_text(json_path, records.dumps({**_origin(path, model), **answer}))
+        files.write_text(json_path, files.dumps({**_origin(path, model), **answer}))
 
 
 def read_image(path: Path, shape: tuple[int, int, int], resize: bool) -> np.ndarray:

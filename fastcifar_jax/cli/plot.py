@@ -23,7 +23,7 @@ from fastcifar_jax.report import figures as plots
 from fastcifar_jax.report import graph, plot_data
 from fastcifar_jax.report import network as drawing
 from fastcifar_jax.runs import experiments as discover
-from fastcifar_jax.runs import records
+from fastcifar_jax.runs import files, records
 from fastcifar_jax.runs import runner as runs
 from fastcifar_jax.runs.runner import LoadedData
 from fastcifar_jax.train import Diverged
@@ -222,5 +222,5 @@ def _save(out: Path, figure: Callable, *arguments) -> None:
 
 
 def _write(out: Path, picture: bytes) -> None:
-    records.write_bytes(out, picture)
+    files.write_bytes(out, picture)
     click.echo(f"wrote {out}")

@@ -8,7 +8,7 @@ from fastcifar_jax.cli.options import CliContext, usage_errors
 from fastcifar_jax.report import html as page
 from fastcifar_jax.report import tables
 from fastcifar_jax.runs import experiments as discover
-from fastcifar_jax.runs import records
+from fastcifar_jax.runs import files, records
 
 
 @click.command("report")
@@ -49,9 +49,9 @@ def report_command(
     if against is not None and against not in names:
         raise click.UsageError(f"--against {against} is no arm of these records; they are of {', '.join(names)}")
     differences = tables.differences(groups, against, against_previous)
-    records.write_text(out, page.html(groups, experiments, differences))
+    files.write_text(out, page.html(groups, experiments, differences))
     click.echo(f"{len(found)} records of {len(groups)} arms; page in {out}")
     if markdown_path:
         shown = [*tables.ladder(groups, experiments), *differences, *tables.run_tables(groups)]
-        records.write_text(markdown_path, tables.markdown(shown))
+        files.write_text(markdown_path, tables.markdown(shown))
         click.echo(f"tables in {markdown_path}")

@@ -242,7 +242,9 @@ def _time(by_data: Sequence[SameData]) -> Iterator[str]:
             told.append(f"{number} {arm.name}: {seconds(x.mean)}, {percent(y.mean)}.")
             sign = f'<svg viewBox="-6 -6 12 12" aria-hidden="true">{charts.marker(number, 0, 0)}</svg>'
             key.append(f"<li>{sign}{_label(number, group)}</li>")
-        devices = dict.fromkeys(report.device_text(record.device) for _, group in alike for record in group.arm.records)
+        devices = dict.fromkeys(
+            report.device_text(record.provenance.device) for _, group in alike for record in group.arm.records
+        )
         where = f"{source}; {'times of different devices: ' * (len(devices) > 1)}{'; '.join(devices)}"
         units = ("training time (s)", "accuracy (%)")
         chart = charts.scatter(f"time-{i}", f"Training time against accuracy, {source}", " ".join(told), units, clouds)

@@ -150,7 +150,9 @@ def read_runs(paths: Iterable[Path]) -> list[Record]:
     images: dict[str, str] = {}
     runs: dict[tuple, list[Path]] = {}
     for file, record in found.items():
-        images.setdefault(record.data["hash"], f"{file.name} of {record.experiment} saw {record.data['source']}")
+        images.setdefault(
+            record.provenance.data["hash"], f"{file.name} of {record.experiment} saw {record.provenance.data['source']}"
+        )
         runs.setdefault((record.framework, record.experiment, record.recipe_hash, record.seed), []).append(file)
     if len(images) > 1:
         raise ValueError(f"these runs saw different images: {'; '.join(images.values())}; name those of one data set")

@@ -12,6 +12,7 @@ from fastcifar_jax.cli import console as report
 from fastcifar_jax.recipe import Published, Recipe, flatten
 from fastcifar_jax.runs import records
 from fastcifar_jax.runs.experiments import Experiment
+from fastcifar_jax.runs.provenance import data_key
 from fastcifar_jax.runs.records import STATUSES, Record
 
 CIFAR10 = ("cifar10", 50_000, 10_000)  # the data that published figures are of
@@ -64,7 +65,7 @@ def grouped(found: Sequence[Record], experiments: Sequence[Experiment]) -> list[
         name = arm_name(*key[:2])
         name += f"@{key[2][:8]}" if len({other[2] for other in namesakes}) > 1 else ""
         if len({other[3] for other in namesakes}) > 1:
-            name += " on {source}, {train:,} images".format_map(newest[0].data)
+            name += " on {source}, {train:,} images".format_map(newest[0].provenance.data)
         groups.append(ArmRuns(Arm(clean(name), tuple(chosen[seed] for seed in sorted(chosen))), repeats))
     return groups
 
@@ -97,7 +98,7 @@ def changes(record: Record, recipe: Recipe) -> list[str]:
     told = [f"{name} {record.recipe.get(name)} instead of {declared.get(name)}" for name in names[:CHANGES_SHOWN]]
     if len(names) > CHANGES_SHOWN:
         told.append(f"{len(names) - CHANGES_SHOWN} more values")
-    data = record.data
+    data = record.provenance.data
     if (data["source"], data["train"], data["test"]) != CIFAR10:
         told.insert(0, data_text(record))
     return told
@@ -162,12 +163,12 @@ def run_tables(groups: Sequence[ArmRuns]) -> list[Table]:
     rows = []
     for group in groups:
         for record in sorted((*group.arm.records, *group.repeats), key=lambda record: record.seed):
-            versions = ", ".join(f"{name} {version}" for name, version in record.versions.items())
+            versions = ", ".join(f"{name} {version}" for name, version in record.provenance.versions.items())
             dtype = record.recipe.get("compute_dtype", "")
-            together, device = f"{record.strategy}, {record.mesh}", report.device_text(record.device)
-            environment = (device, versions, record.conv, record.driver, together, record.source_hash[:8])
+            made = record.provenance
+            environment = (report.device_text(made.device), versions, made.conv, made.mesh, made.source_hash[:8])
             digest, *counts = _data_key(record)
-            source = (record.data["source"], digest[:16], *(f"{count:,}" for count in counts))
+            source = (made.data["source"], digest[:16], *(f"{count:,}" for count in counts))
             result = record.result or {}
             shown = (_percent(result.get("test_accuracy")), _percent(result.get("tta_accuracy")))
             times = (_seconds(result.get("train_seconds")), _seconds(result.get("compile_seconds")))
@@ -182,7 +183,7 @@ def run_tables(groups: Sequence[ArmRuns]) -> list[Table]:
                "environment", "started", "command", "error")  # fmt: skip
     counts = ", ".join(f"{sum(row[2] == status for row in rows)} {status}" for status in STATUSES)
     return [
-        Table("Environments", ("name", "device", "versions", "convolution", "driver", "strategy, mesh", "source hash"),
+        Table("Environments", ("name", "device", "versions", "convolution", "mesh", "source hash"),
               of(environments)),
         Table("Data", ("name", "source", "hash", "training images", "test images"), of(data),
               frozenset({"training images", "test images"})),
@@ -192,7 +193,7 @@ def run_tables(groups: Sequence[ArmRuns]) -> list[Table]:
 
 def data_text(record: Record) -> str:
     """ "digits, 1,437 training and 360 test images"."""
-    return clean("{source}, {train:,} training and {test:,} test images".format_map(record.data))
+    return clean("{source}, {train:,} training and {test:,} test images".format_map(record.provenance.data))
 
 
 def measured(summary: stats.Summary | None, show: Callable[[float], str]) -> str:
@@ -242,7 +243,7 @@ def _escape_markdown(value):
 
 
 def _data_key(record):
-    return record.data["hash"], record.data["train"], record.data["test"]
+    return data_key(record.provenance)
 
 
 def _difference_table(arms, question):
@@ -294,7 +295,7 @@ def _note(arm, recipe):
     for status in STATUSES[1:]:
         if count := sum(record.status == status for record in arm.records):
             notes.append(f"{count} {status}")
-    devices = dict.fromkeys(report.device_text(record.device) for record in arm.records)
+    devices = dict.fromkeys(report.device_text(record.provenance.device) for record in arm.records)
     notes.append(f"{'Different devices' if len(devices) > 1 else 'Device'}: {'; '.join(devices)}")
     return " ".join(f"{note}." for note in notes)
 

@@ -20,7 +20,7 @@ from fastcifar_jax.data.load import load
 from fastcifar_jax.ops import backend, conv
 from fastcifar_jax.recipe import change
 from fastcifar_jax.runs import experiments as discover
-from fastcifar_jax.runs import records
+from fastcifar_jax.runs import provenance
 
 STEPS = 2  # at a time: two that are not timed and two that are, in every turn
 
@@ -66,7 +66,7 @@ def prepare_torch(recipe, dataset, num_classes, twin, dtype, compiled, tuned):
 
     if tuned:
         backend.keep_freed_memory()
-    torch.set_num_threads(records.device()["cores"])
+    torch.set_num_threads(provenance.device()["cores"])
     pad = next((a.padding for a in recipe.augmentations if hasattr(a, "padding")), 0)
     padded = np.pad(dataset.train_images, ((0, 0), (pad, pad), (pad, pad), (0, 0)), mode="reflect")
     images, labels = torch.from_numpy(padded), torch.from_numpy(dataset.train_labels).long()

@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import functools
+import os
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -17,8 +18,9 @@ from fastcifar_jax.cli import console as report
 from fastcifar_jax.data.load import DataInfo, load
 from fastcifar_jax.ops import backend
 from fastcifar_jax.recipe import Recipe, flatten
-from fastcifar_jax.runs import checkpoint, records
+from fastcifar_jax.runs import checkpoint, provenance, records
 from fastcifar_jax.runs import saved_model as saved
+from fastcifar_jax.runs.checkpoint import CheckpointError
 from fastcifar_jax.runs.logging import Log
 from fastcifar_jax.runs.records import Record, RecordError
 from fastcifar_jax.train import CompiledRun, Diverged, Driver, eval_variables, make_functions, make_train, shapes_of
@@ -59,7 +61,7 @@ def load_data(source: str, limit_train: int | None, console: Console) -> LoadedD
     """
     console.print(f"loading {source}", soft_wrap=True)
     dataset, info = load(source, limit_train=limit_train)
-    text = report.device_text(records.device())  # starts the device too, which is no part of the transfer
+    text = report.device_text(provenance.device())  # starts the device too, which is no part of the transfer
     start = time.perf_counter()
     dataset = jax.block_until_ready(jax.device_put(dataset))
     seconds = time.perf_counter() - start
@@ -128,7 +130,7 @@ def make_runner(
     """
     recipe, info = job.recipe, job.data.info
     train = _trainer(job, driver, compiled)
-    new = new_record(job, driver, arguments)
+    new = new_record(job, arguments)
     each_step = backend.can_sync_each_step()
     compiles = True
 
@@ -136,7 +138,7 @@ def make_runner(
         nonlocal compiles
         known = None if rerun else on_record(job, out, seed, save)
         if known is not None:
-            show_known(job, known, new, console)
+            show_existing(job, known, new, console)
             ended.append(known)
             return known
         label = f"{job.arm}, seed {seed}"
@@ -144,7 +146,7 @@ def make_runner(
         say = lambda text: console.print(f"{label}: {text}", soft_wrap=True)
         resume = on_snapshot = None
         if checkpoints:
-            resume, on_snapshot = checkpoint.keep(state_file, of_seed, lambda: _shapes_of_state(job), say)
+            resume, on_snapshot = _keep(state_file, of_seed, lambda: _shapes_of_state(job), say)
         save_model = (lambda run: _save_model(job, out, seed, run)) if save else None
         with report.watch(console, label, recipe, info.train, compiles=compiles, each_step=each_step) as watching:
             show, on_step, on_compiled = watching
@@ -160,7 +162,7 @@ def make_runner(
                 raise
             failure.add_note(str(error))
         if record.status != "crashed":
-            checkpoint.remove(state_file)
+            checkpoint.remove_checkpoint(state_file)
         ended.append(record)
         console.print(report.seed_line(job.arm, record), soft_wrap=True)
         if failure is not None:
@@ -198,7 +200,7 @@ def _shapes_of_state(job: RunSpec) -> TrainState:
     return shapes_of(functions, job.recipe, job.data.dataset).state
 
 
-def new_record(job: RunSpec, driver: Driver, arguments: tuple[str, ...]) -> Record:
+def new_record(job: RunSpec, arguments: tuple[str, ...], mesh: str = "1x1") -> Record:
     """What is known of a run before it starts."""
     recipe, info = job.recipe, job.data.info
     return Record(
@@ -210,17 +212,39 @@ def new_record(job: RunSpec, driver: Driver, arguments: tuple[str, ...]) -> Reco
         seed=0,
         status="crashed",
         error=None,
-        data={"source": info.source, "hash": info.hash, "train": info.train, "test": info.test},
-        device=records.device(),
-        versions={**records.versions(), **(job.twin.versions() if job.twin else {})},
-        source_hash=records.source_hash(job.path),
-        conv="torch" if job.twin else backend.conv_backend()[0],
-        driver="python" if job.twin else driver,
+        provenance=provenance.collect(
+            info,
+            job.path,
+            recipe.compute_dtype,
+            mesh=mesh,
+            conv_backend="torch" if job.twin else None,
+            more_versions=job.twin.versions() if job.twin else None,
+        ),
         command=arguments,
         started="",
         epochs=(),
         result=None,
     )
+
+
+def _keep(path, record, like, say):
+    """`resume` and `on_snapshot` of a training function; a checkpoint that fails costs no run."""
+
+    def on_snapshot(snapshot):
+        try:
+            checkpoint.save_checkpoint(path, snapshot, record)
+        except CheckpointError as error:
+            say(f"warning: no checkpoint of epoch {len(snapshot.epochs)}: {error}; training continues")
+
+    resume = None
+    if os.path.lexists(path):
+        try:
+            resume = checkpoint.load_checkpoint(path, record, like())
+        except CheckpointError as error:
+            say(f"warning: {error}; starting from the beginning")
+    if resume is not None:
+        say(f"continuing after epoch {len(resume.epochs)}, from {path}")
+    return resume, on_snapshot
 
 
 def _trainer(job: RunSpec, driver: Driver, compiled: dict[tuple, CompiledRun] | None) -> Train:
@@ -233,16 +257,11 @@ def _trainer(job: RunSpec, driver: Driver, compiled: dict[tuple, CompiledRun] | 
     return lambda seed, *callbacks: train(seed, arrays, *callbacks)
 
 
-def _provenance_diff(known: Record, new: Record) -> list[str]:
-    """What differs in the making of two records of one run."""
-    fields = {"source code": "source_hash"} | {name: name for name in ("device", "driver", "strategy", "mesh")}
-    return [text for text, name in fields.items() if getattr(known, name) != getattr(new, name)]
-
-
-def show_known(job: RunSpec, known: Record, new: Record, console: Console) -> None:
-    """Says that a run is on record, and what made it otherwise than `new` would be made."""
-    other = "".join(f", by another {name}" for name in _provenance_diff(known, new))
-    console.print(f"{report.seed_line(job.arm, known)} (on record{other}; --rerun repeats it)", soft_wrap=True)
+def show_existing(job: RunSpec, existing: Record, new: Record, console: Console) -> None:
+    """Prints that a run is on record, and in which provenance it differs from `new`."""
+    differs = ", ".join(existing.provenance.diff(new.provenance))
+    differs = f", with different {differs}" if differs else ""
+    console.print(f"{report.seed_line(job.arm, existing)} (on record{differs}; --rerun repeats it)", soft_wrap=True)
 
 
 def _both(first: report.OnEpoch, second: report.OnEpoch) -> report.OnEpoch:

@@ -27,7 +27,7 @@ from fastcifar_jax.data.load import DataInfo, hash_of
 from fastcifar_jax.evaluate import CHUNK, TTA, in_chunks
 from fastcifar_jax.models.base import PRECISIONS, Network, Variables
 from fastcifar_jax.recipe import Recipe, resolve_dtype
-from fastcifar_jax.runs import records
+from fastcifar_jax.runs import files
 from fastcifar_jax.runs.parts import NETWORKS, TTAS, OwnPartError, PartError, build_or_own, to_json, typed
 from fastcifar_jax.train import eval_variables, make_functions
 from fastcifar_jax.tunable import tunable, with_tunable
@@ -232,7 +232,7 @@ def write(model: SavedModel, path: Path) -> None:
       RecordError: the file cannot be written; what was there before is still there.
     """
     tensors = {name: np.array(leaf, order="C") for name, leaf in flatten_by_path(model.variables).items()}
-    records.write_bytes(path, safetensors.numpy.save(tensors, _metadata_of(model)))
+    files.write_bytes(path, safetensors.numpy.save(tensors, _metadata_of(model)))
 
 
 def load(path: str | os.PathLike[str], *, recipe: Recipe | None = None) -> SavedModel:

@@ -59,11 +59,11 @@ def run_together(
       Refused: nothing was trained.
     """
     shape = "x".join(str(size) for size in mesh.shape.values())
-    new = dataclasses.replace(runs.new_record(job, driver, arguments), strategy=strategy, mesh=shape)
+    new = runs.new_record(job, arguments, shape)
     seeds, writes = list(seeds), hosts.writes_records()
     on_file = [None if rerun or not writes else runs.on_record(job, out, seed) for seed in seeds]
     for record in filter(None, on_file):
-        runs.show_known(job, record, new, console)
+        runs.show_existing(job, record, new, console)
         ended.append(record)
     flags = hosts.from_process_0([int(record is None) for record in on_file])
     todo = [seed for seed, flag in zip(seeds, flags, strict=True) if flag]

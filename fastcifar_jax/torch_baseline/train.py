@@ -74,7 +74,7 @@ _KNOWN_WITH = {
 
 
 def versions() -> dict[str, str]:
-    """Of what a number may depend on besides `records.versions`."""
+    """Of what a number may depend on besides `provenance.versions`."""
     return {"torch": torch.__version__}
 
 
@@ -142,7 +142,7 @@ def make_train_step(
 
 
 def _cores():
-    """How many the process may use; unlike `records.device` this does not start JAX's device."""
+    """How many the process may use; unlike `provenance.device` this does not start JAX's device."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 

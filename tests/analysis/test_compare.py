@@ -1,17 +1,16 @@
 """Comparisons of records: what is read, what is refused, and the numbers against stats."""
 
-import dataclasses
 import io
 import json
 
 import pytest
 from rich.console import Console
-from test_records import RECORD
 
 from fastcifar_jax.analysis import compare as comparison
 from fastcifar_jax.analysis import stats
 from fastcifar_jax.analysis.compare import Arm, CompareOptions
 from fastcifar_jax.runs import records
+from tests.helpers_records import RECORD, with_changes
 
 A = (0.9401, 0.9412, 0.9398, 0.9405)
 B = (0.9431, 0.9440, 0.9425, 0.9436)
@@ -19,7 +18,7 @@ B = (0.9431, 0.9440, 0.9425, 0.9436)
 
 def make_record(experiment="final", seed=0, value=0.94, **changes):
     result = {**RECORD.result, "tta_accuracy": value, "test_accuracy": value - 0.003}
-    return dataclasses.replace(RECORD, **{"experiment": experiment, "seed": seed, "result": result, **changes})
+    return with_changes(RECORD, **{"experiment": experiment, "seed": seed, "result": result, **changes})
 
 
 def arm(name, values, **changes):
@@ -102,15 +101,15 @@ def test_one_finished_run_is_too_few():
 
 
 @pytest.mark.parametrize(
-    ("changed", "said"),
+    ("data", "said"),
     [
         ({"hash": "another"}, "hash another"),
         ({"train": 20_000}, "20,000 training"),
         ({"test": 5_000}, "5,000 test images"),
     ],
 )
-def test_runs_on_other_images_are_refused(changed, said):
-    other = arm("new", B, data={**RECORD.data, **changed})
+def test_runs_on_other_images_are_refused(data, said):
+    other = arm("new", B, data=data)
     with pytest.raises(ValueError, match=f"saw different images.*{said}.*--allow-different-data"):
         comparison.check_comparable([arm("old", A), other])
     comparison.check_comparable([arm("old", A), arm("new", B)])

@@ -42,8 +42,9 @@ def test_run_of_a_file(workplace, call):
     [first, second] = written().values()
     assert (first.seed, second.seed, first.experiment, first.framework) == (0, 1, "trick", "jax")
     assert first.status == "finished" and first.error is None and first.command == arguments
-    assert first.data == {"source": "tiny.npz", "hash": first.data["hash"], "train": 130, "test": 20}
-    assert (first.driver, first.conv) == ("python", backend.conv_backend()[0])
+    data = first.provenance.data
+    assert data == {"source": "tiny.npz", "hash": data["hash"], "train": 130, "test": 20}
+    assert first.provenance.conv == backend.conv_backend()[0]
     assert first.recipe["model.width"] == 3 and "Linear(width=3)" in first.recipe_repr
     for record in (first, second):
         assert [epoch.epoch for epoch in record.epochs] == [1, 2]
@@ -71,7 +72,7 @@ def test_fork_builds_on_an_experiment(workplace, call):
     status, out, err = call("run", "narrow.py", "--width", "4", "--data", "tiny.npz", "--limit-train", "64")
     assert (status, err) == (0, "")
     assert written()[0].recipe["model.channels"] == [4, 8, 16, 32]
-    assert written()[0].experiment == "narrow" and written()[0].data["train"] == 64
+    assert written()[0].experiment == "narrow" and written()[0].provenance.data["train"] == 64
 
 
 def test_diverged_run(workplace, call):
@@ -177,9 +178,9 @@ def test_damaged_record_is_named_and_not_trained_over(workplace, call, loaded, t
 
 def test_record_of_other_source_code_is_pointed_out(workplace, call, loaded, trained):
     call("run", "trick.py")
-    assert "another source code" not in call("run", "trick.py")[1]
+    assert "with different" not in call("run", "trick.py")[1]
     Path("trick.py").write_text(TRICK + "\n# changed\n")
-    assert "on record, by another source code; --rerun repeats it" in call("run", "trick.py")[1]
+    assert "on record, with different source_hash; --rerun repeats it" in call("run", "trick.py")[1]
 
 
 def test_default_data(workplace, call, loaded, trained, monkeypatch):
@@ -192,7 +193,7 @@ def test_default_data(workplace, call, loaded, trained, monkeypatch):
     assert loaded[2:] == ["of_the_environment"]  # once for both
     call("run", "own.py", "--data", "asked_for")
     assert loaded[3:] == ["asked_for"]
-    assert {record.data["source"] for record in records.find(Path("runs")).values()} > {"of_the_module"}
+    assert {record.provenance.data["source"] for record in records.find(Path("runs")).values()} > {"of_the_module"}
 
 
 def test_quickstart_is_for_digits():

@@ -135,7 +135,7 @@ def test_torch_arms_are_kept_apart(arms, call, monkeypatch):
     status, out, err = call("compare", "old.py", "torch:old.py", "--seeds", "3")
     assert (status, err) == (0, "") and "torch:old against old: lower" in out
     found = records.find(Path("runs"), framework="torch")
-    assert len(found) == 3 and {record.versions["torch"] for record in found.values()} == {"9"}
+    assert len(found) == 3 and {record.provenance.versions["torch"] for record in found.values()} == {"9"}
     assert {path.parent.name for path in found} == {"torch-old"}
     status, out, _ = call("compare", "old", "torch:old")
     assert status == 0 and "torch:old against old: lower" in out

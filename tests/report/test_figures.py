@@ -307,7 +307,7 @@ def test_pictures_are_the_same_each_time(form):
         ("bn-dynamics trick.py --out a.png", 2, "no batch norm with a trained scale or bias"),
         ("convergence nowhere --out a.png", 2, "no records in nowhere"),
         ("curves --out a.png", 2, "no records in runs"),
-        ("curves trick.py --out a.png", 2, "trick.py is no record of a run"),
+        ("curves trick.py --out a.png", 2, "trick.py is not a record of a run"),
         ("celu --out a.pdf", 2, "a.pdf must end with .png or .svg"),
         ("celu --out trick.py/a.png", 1, "cannot write trick.py/a.png"),
         ("celu", 2, "Missing option '--out'"),

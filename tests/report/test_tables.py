@@ -12,6 +12,7 @@ from fastcifar_jax.report import html as page
 from fastcifar_jax.report import tables
 from fastcifar_jax.runs import records
 from tests.helpers_page import EXPERIMENTS, MIXED, Page, arms_of, cells, html_of, record
+from tests.helpers_records import with_changes
 
 
 def test_ladder_has_published_and_measured_side_by_side():
@@ -45,7 +46,7 @@ def test_ladder_has_published_and_measured_side_by_side():
 )
 def test_only_the_published_recipe_on_the_published_data_is_comparable(changed, data, told):
     new = record()
-    new = dataclasses.replace(new, data=new.data | data, recipe=json.loads(
+    new = with_changes(new, data=data, recipe=json.loads(
         records.dumps(flatten(dataclasses.replace(final, **{"compute_dtype": "float32"} | changed)))
     ))  # fmt: skip
     note = cells(tables.ladder(arms_of([new]), EXPERIMENTS)[0], "final")["note"]

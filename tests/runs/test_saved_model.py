@@ -90,7 +90,7 @@ def test_equals_the_record(run):
 
     assert (model.experiment, model.seed, model.recipe_hash) == (record.experiment, 0, record.recipe_hash)
     assert model.recipe_repr == record.recipe_repr and model.classes == run.info.classes
-    assert (model.data_source, model.data_hash) == (run.source, record.data["hash"])
+    assert (model.data_source, model.data_hash) == (run.source, record.provenance.data["hash"])
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(model.variables))
 
 
