@@ -22,7 +22,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from experiments.bag_of_tricks import final  # noqa: E402
-from fastcifar_jax.data.load import load  # noqa: E402
+from fastcifar_jax.data.load import load_data  # noqa: E402
 from fastcifar_jax.ops import conv  # noqa: E402
 from fastcifar_jax.recipe import change  # noqa: E402
 from fastcifar_jax.train import compile_programs  # noqa: E402
@@ -38,7 +38,7 @@ from fastcifar_jax.tunable import tunable  # noqa: E402
 def main(data, limit_train, width, dtype, rounds):
     conv.configure_cpu()
     recipe = change(final, (), None, width, dtype)
-    dataset, info = load(data, limit_train=limit_train)
+    dataset, info = load_data(data, limit_train=limit_train)
     dataset = jax.device_put(dataset)
     runs, seconds = {}, {"python": [], "scan": []}
     for driver in seconds:

@@ -34,7 +34,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from experiments.bag_of_tricks import final  # noqa: E402
-from fastcifar_jax.data.load import load  # noqa: E402
+from fastcifar_jax.data.load import load_data  # noqa: E402
 from fastcifar_jax.ops import conv  # noqa: E402
 from fastcifar_jax.parallel.hosts import place  # noqa: E402
 from fastcifar_jax.parallel.mesh import (
@@ -60,7 +60,7 @@ def main(data, limit_train, width, dtype, count, driver, rounds):
     conv.configure_cpu()
     driver = driver or conv.default_driver()
     recipe = change(final, (), None, width, dtype)
-    dataset, info = load(data, limit_train=limit_train)
+    dataset, info = load_data(data, limit_train=limit_train)
     dataset = jax.device_put(dataset)
     mesh = make_mesh(1, 1)
     values, steps = tunable(recipe), limit_train // recipe.batch_size

@@ -18,7 +18,7 @@ from experiments.airbench import airbench94, airbench94_muon
 from experiments.bag_of_tricks import final
 from fastcifar_jax.augment import AlternatingFlip, Crop
 from fastcifar_jax.cli import app as cli
-from fastcifar_jax.data.load import load
+from fastcifar_jax.data.load import load_data
 from fastcifar_jax.evaluate import NoTTA
 from fastcifar_jax.runs import checkpoint, records
 from fastcifar_jax.runs.checkpoint import CheckpointError
@@ -48,7 +48,7 @@ RECIPES = {
 
 @pytest.fixture(scope="module")
 def digits():
-    dataset, _ = load("digits", limit_train=112)
+    dataset, _ = load_data("digits", limit_train=112)
     images, labels = dataset.test_images[:20], dataset.test_labels[:20]
     return jax.device_put(Dataset(dataset.train_images, dataset.train_labels, images, labels))
 
