@@ -20,7 +20,7 @@ def fuzz(count, strategy, body):
 
 
 def mutants(content):
-    """Strategies of the bytes `content` with bytes changed, cut off, cut out, repeated or inserted, or an extreme number."""
+    """Strategies of the bytes `content` that are damaged, one or a few places at a time."""
     position = st.integers(0, len(content) - 1)
 
     def flip(changes):

@@ -29,11 +29,8 @@ def as_data_error(name: object) -> Iterator[None]:
     except DataError:
         raise
     except Exception as error:  # on untrusted bytes a parser may raise anything
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(
-            f"{name} cannot be read ({type(error).__name__}: {reason}); it is damaged or in another format: "
-            "download or write it again"
-        ) from error
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise DataError(f"{name} cannot be read ({reason}); it may be damaged: download or write it again") from error
 
 
 def read_bounded(path: Path, max_bytes: int) -> bytes:
@@ -54,10 +51,7 @@ def check_labels(labels: object, count: int, classes: int, name: str) -> np.ndar
     if labels.shape == (count, 1):  # Keras writes a column
         labels = labels[:, 0]
     if labels.shape != (count,):
-        raise DataError(
-            f"{name} holds labels of shape {labels.shape} for {count} images; expected one label per image; "
-            "download or write it again"
-        )
+        raise DataError(f"{name} holds labels of shape {labels.shape} for {count} images; expected one per image")
     if labels.min() < 0 or labels.max() >= classes:
         wrong = labels.min() if labels.min() < 0 else labels.max()
         raise DataError(f"{name} holds the label {wrong}; expected 0 to {classes - 1}; download or write it again")

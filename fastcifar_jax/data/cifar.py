@@ -1,6 +1,6 @@
-"""The CIFAR-10 and CIFAR-100 releases, as a folder or a tar archive, in the Python or the binary version.
+"""The CIFAR releases, as a folder or a tar archive, in the Python or the binary version.
 
-CIFAR-10 has five training batches and CIFAR-100 one; each image is a row of 3072 bytes, channel by channel.
+Each image is a row of 3072 bytes, channel by channel. See https://www.cs.toronto.edu/~kriz/cifar.html.
 """
 
 import hashlib
@@ -55,11 +55,11 @@ def read_cifar_folder(path: Path) -> tuple[Dataset, tuple[str, ...]] | None:
         for folder in (path, path / release.folder)
         if any((folder / name).is_file() for name in (*release.train, release.test))
     ]
-    if not found:
-        return None
     if len(found) > 1:
         raise DataError(f"{path} holds more than one data set; give one of {', '.join(str(f) for _, f in found)}")
-    [(release, folder)] = found
+    if not found:
+        return None
+    release, folder = found[0]
     present = {file.name for file in folder.iterdir() if file.is_file()}
     return _read_release(release, present, lambda name: read_bounded(folder / name, MAX_BATCH), folder)
 
@@ -81,22 +81,18 @@ def read_tar(data: bytes, name: object) -> dict[str, bytes]:
             gunzip = zlib.decompressobj(wbits=31)
             data = gunzip.decompress(data, MAX_ARCHIVE)
             if not gunzip.eof:
-                raise DataError(
-                    f"{name} is cut off, or unpacks into more than {MAX_ARCHIVE:,} bytes; download it again"
-                )
+                raise DataError(f"{name} is cut off or unpacks into over {MAX_ARCHIVE:,} bytes; download it again")
         # As a stream, in which a negative size cannot lead back to an earlier member.
         with tarfile.open(fileobj=io.BytesIO(data), mode="r|") as archive:
             for count, member in enumerate(archive):
-                path = PurePosixPath(member.name)
+                file = PurePosixPath(member.name).name
                 if count >= MAX_MEMBERS:
                     raise DataError(f"{name} holds more than {MAX_MEMBERS} files; download it again")
-                if path.is_absolute() or ".." in path.parts:
-                    raise DataError(f"{name} holds {path}, outside its folder; download it again")
                 if member.isdir():
                     continue
-                if not member.isreg() or member.issparse() or path.name in members:
-                    raise DataError(f"{name}: {path} is not a regular file, or is there twice; download it again")
-                members[path.name] = cast(IO[bytes], archive.extractfile(member)).read()
+                if not member.isreg() or member.issparse() or file in members:
+                    raise DataError(f"{name}: {file} is not a regular file, or is there twice; download it again")
+                members[file] = cast(IO[bytes], archive.extractfile(member)).read()
     return members
 
 

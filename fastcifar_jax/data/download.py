@@ -3,25 +3,18 @@
 import hashlib
 import logging
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastcifar_jax.data.checks import DataError
-
-if TYPE_CHECKING:
-    import requests
 
 CONNECT_SECONDS = 10  # time within which a server must answer
 
 logger = logging.getLogger("fastcifar_jax.data")
 
 
-def open_url(url: str, advice: str) -> "requests.Response":
-    """The response of a server that answers within `CONNECT_SECONDS`.
-
-    Raises:
-      DataError: there is no answer, or its status is an error; the message ends with `advice`.
-    """
-    import requests  # comes with tensorflow-datasets
+def open_url(url: str, advice: str) -> Any:
+    """The `requests.Response` within `CONNECT_SECONDS`, or a DataError that ends with `advice`."""
+    import requests  # slow to import
 
     answers: list[Any] = []
 
@@ -45,11 +38,7 @@ def open_url(url: str, advice: str) -> "requests.Response":
 
 
 def download(url: str, size: int, sha256: str, advice: str) -> bytes:
-    """The file at `url`, which must have `size` bytes and the checksum `sha256` (hexadecimal).
-
-    Raises:
-      DataError: the server does not answer, breaks off, or sends another file; the message ends with `advice`.
-    """
+    """The file at `url`, if it has `size` bytes and the checksum `sha256` (hexadecimal); see `open_url`."""
     data = bytearray()
     with open_url(url, advice) as response:
         logger.info("downloading %s (%.1f MB)", url, size / 1e6)

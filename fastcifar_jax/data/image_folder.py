@@ -18,10 +18,8 @@ def read_image_folder(path: Path) -> tuple[Dataset, tuple[str, ...]]:
         raise DataError(f"the folder {path} holds no data of a known kind; give the path of {KINDS}")
     if not (path / "test").is_dir():
         raise DataError(f"{path} has a folder train, but no folder test; expected test/CLASS/*.png: add it")
-    classes, test_classes = (
-        tuple(sorted(entry.name for entry in (path / split).iterdir() if entry.is_dir())) for split in ("train", "test")
-    )
-    unknown = sorted(set(test_classes) - set(classes))
+    classes = tuple(sorted(folder.name for folder in (path / "train").iterdir() if folder.is_dir()))
+    unknown = sorted({folder.name for folder in (path / "test").iterdir() if folder.is_dir()} - set(classes))
     if unknown:
         raise DataError(f"{path / 'test'} has the classes {unknown[:9]}, which train does not have; add or remove them")
     return Dataset(*_read_split(path / "train", classes), *_read_split(path / "test", classes)), classes

@@ -34,10 +34,7 @@ def _read_array(archive, key, path):
     member = archive.getinfo(f"{key}.npy")
     if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         # zipfile bounds what it unpacks at once for these two only; 4 kB of bzip2 can hold gigabytes.
-        raise DataError(
-            f"{name} is compressed by method {member.compress_type}; expected none or deflate: "
-            "write it by np.savez or np.savez_compressed"
-        )
+        raise DataError(f"{name} is compressed by method {member.compress_type}; write it by np.savez_compressed")
     with archive.open(member) as file:
         version = npy.read_magic(file)
         if version != (1, 0):  # the header of later versions may have gigabytes
@@ -50,9 +47,7 @@ def _read_array(archive, key, path):
         size, held = math.prod(shape) * dtype.itemsize, member.file_size - file.tell()
         max_bytes = MAX_IMAGES if key[0] == "x" else MAX_LABELS
         if size != held or size > max_bytes:
-            raise DataError(
-                f"{name} has a header of {size:,} bytes and holds {held:,}; expected the same, and at most "
-                f"{max_bytes:,}; download or write it again"
-            )
+            limit = f"expected the same, and at most {max_bytes:,}; download or write it again"
+            raise DataError(f"{name} has a header of {size:,} bytes and holds {held:,}; {limit}")
     with archive.open(member) as file:
         return np.ascontiguousarray(npy.read_array(file, allow_pickle=False))

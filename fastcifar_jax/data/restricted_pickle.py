@@ -37,14 +37,14 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]
         items = self.pop_mark()
         self.append({text_of(key): value for key, value in zip(items[::2], items[1::2], strict=True)})
 
-    def load_setitem(self):
-        value, key = self.stack.pop(), self.stack.pop()
-        self.stack[-1][text_of(key)] = value
-
     def load_setitems(self):
         self.load_dict()
         items = self.stack.pop()
         self.stack[-1].update(items)
+
+    def load_setitem(self):
+        value, key = self.stack.pop(), self.stack.pop()
+        self.stack[-1][text_of(key)] = value
 
     def load_set(self):
         raise pickle.UnpicklingError("it holds a set; expected plain values and arrays")
@@ -91,18 +91,14 @@ def text_of(value: Any) -> str:
 
 def _as_array(value):
     match value:
-        case _Call("multiarray._reconstruct", _, (_, shape, dtype, fortran, raw)):
+        case _Call("multiarray._reconstruct", _, (_, shape, _Call("numpy.dtype", (code, *_), state), fortran, raw)):
             order = "F" if fortran else "C"
-        case _Call("numeric._frombuffer", (raw, dtype, shape, order)):
+        case _Call("numeric._frombuffer", (raw, _Call("numpy.dtype", (code, *_), state), shape, order)):
             pass
         case _:
             return value
-    match dtype:
-        case _Call("numpy.dtype", (code, *_), state):
-            code = (text_of(state[1]) if state else "|") + text_of(code)
-        case _:
-            raise pickle.UnpicklingError("it holds an array without a type; only integers are read")
+    code = (text_of(state[1]) if state else "|") + text_of(code)  # the byte order, then kind and size
     if not re.fullmatch("[<>|][iu][1248]", code):
-        raise pickle.UnpicklingError(f"it holds an array of type '{code:.50}'; only integers are read")
+        raise pickle.UnpicklingError(f"it holds an array of type '{code:.50}'; expected integers")
     raw = raw if isinstance(raw, bytes | bytearray) else text_of(raw).encode("latin1")
     return np.frombuffer(raw, code).reshape(shape, order=order)

@@ -1,7 +1,6 @@
 """CIFAR releases: every published form, and damaged or hostile files."""
 
 import gzip
-import io
 import os
 import pickle
 import pickletools
@@ -169,10 +168,10 @@ class Calls:
         return self.function, self.args
 
 
-def array(shape, more=b"", dtype=b"cnumpy\ndtype\nU\x02u1\x85R"):
-    """A pickle of {"data": an array of one byte} with this pickled shape, or `more` in place of its state."""
+def array(shape, dtype=b"cnumpy\ndtype\nU\x02u1\x85R"):
+    """A pickle of {"data": an array of one byte} with this pickled shape and type."""
     head = b"\x80\x02}U\x04datacnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\nK\x00\x85U\x01btR"
-    return head + (more or b"(K\x01" + shape + dtype + b"\x89U\x01atb") + b"s."
+    return head + b"(K\x01" + shape + dtype + b"\x89U\x01atbs."
 
 
 def length(opcode):
@@ -195,7 +194,7 @@ PICKLED = {
     "EXT1": (b"\x80\x02\x82\x01.", "unregistered extension code 1"),
     "set": (pickle.dumps({b"data": {1}}, 4), "holds a set"),
     "frozenset": (pickle.dumps({b"data": frozenset({1})}, 4), "holds a set"),
-    "no type": (array(b"K\x01\x85", dtype=b"N"), "without a type"),
+    "no type": (array(b"K\x01\x85", dtype=b"N")[:-1] + b"U\x06labels]s.", "images as _Call"),
     "huge reconstruct": (
         b"\x80\x02cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n" + HUGE + b"\x85U\x01btR.",
         "holds a _Call; expected a dictionary",
@@ -204,7 +203,10 @@ PICKLED = {
     "negative shape": (array(b"J\xff\xff\xff\xffJ\xff\xff\xff\xff\x86"), "can only specify one unknown dimension"),
     "many dimensions": (array(b"(" + b"K\x01" * 1000 + b"t"), "ValueError"),
     "nested shape": (array(b")" + NESTED), "TypeError"),
-    "strange byte order": (array(b"K\x01\x85", dtype=b"cnumpy\ndtype\nU\x02u1\x85R(K\x03U\x08(9,9)u1,tb"), "(9,9)u1,u1"),
+    "strange byte order": (
+        array(b"K\x01\x85", dtype=b"cnumpy\ndtype\nU\x02u1\x85R(K\x03U\x08(9,9)u1,tb"),
+        "type '(9,9)u1,u1'",
+    ),
     "huge bytes": (length(b"\x8e"), "expected 70368744177664 bytes"),
     "huge bytearray": (length(b"\x96"), "expected 70368744177664 bytes"),
     "huge text": (length(b"\x8d"), "expected 70368744177664 bytes"),
@@ -257,8 +259,8 @@ def member(name, size=0, kind=tarfile.REGTYPE, target=""):
 @pytest.mark.parametrize(
     ("extra", "fault"),
     [
-        (member("/etc/data_batch_1"), "outside its folder"),
-        (member("../../test_batch"), "outside its folder"),
+        (member("/etc/data_batch_1"), "is there twice"),
+        (member("../../test_batch"), "is there twice"),
         (member("data_batch_5", kind=tarfile.SYMTYPE, target="/etc/passwd"), "not a regular file"),
         (member("data_batch_5", kind=tarfile.LNKTYPE, target="data_batch_1"), "not a regular file"),
         (member("data_batch_5", kind=tarfile.FIFOTYPE), "not a regular file"),
@@ -283,7 +285,7 @@ def test_bounds(tmp_path, monkeypatch):
     monkeypatch.setattr(cifar, "MAX_ARCHIVE", 1 << 20)
     path = write_tar(tmp_path / "bomb.tar.gz", {"readme.html": bytes(32 << 20)})
     assert path.stat().st_size < 1 << 18
-    assert "unpacks into more than 1,048,576 bytes" in refusal(path)
+    assert "unpacks into over 1,048,576 bytes" in refusal(path)
     path.write_bytes(tar_bytes({"readme.html": bytes(1 << 20)}))
     assert "expected at most 1,048,576" in refusal(path)
     monkeypatch.setattr(cifar, "MAX_MEMBERS", 2)

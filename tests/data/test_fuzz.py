@@ -83,28 +83,38 @@ def pickles(content):
 
 # Archives: the fields of tar and zip headers, with valid checksums.
 
+
+def with_fields(content, places, values, checksum=lambda changed, start: None):
+    """`content` with one to three fields changed; a place is (start of the header, offset of the field, size)."""
+
+    def apply(changes):
+        changed = bytearray(content)
+        for (start, offset, size), value in changes:
+            changed[start + offset : start + offset + size] = value[:size].ljust(size, b"\0")
+            checksum(changed, start)
+        return bytes(changed)
+
+    return st.lists(st.tuples(st.sampled_from(places), values), min_size=1, max_size=3).map(apply)
+
+
+def tar_checksum(changed, start):
+    changed[start + 148 : start + 156] = b" " * 8
+    changed[start + 148 : start + 156] = b"%06o\0 " % sum(changed[start : start + 512])
+
+
 TAR_FIELDS = [(0, 100), (100, 8), (124, 12), (136, 12), (156, 1), (157, 100), (257, 8), (329, 8), (345, 155)]
+TAR_PLACES = [
+    (start, *field)
+    for start in range(0, len(TAR), 512)
+    if TAR[start + 257 : start + 262] == b"ustar"
+    for field in TAR_FIELDS
+]
 TAR_VALUES = [
     b"", b"0", b"7" * 11, b"\x80" + b"\xff" * 11, b"\xff" * 12, b"\x80" + b"\0" * 10 + b"\x01", b"-1", b" 1 ", b"x",
     b"L", b"K", b"g", b"1", b"2", b"5", b"6", b"S", b"../../x", b"/etc/passwd", b"data_batch_1.bin", b"\xff\xfe",
     b"ustar  \0", b"a/" * 60,
 ]  # fmt: skip
-
-
-def tar_headers():
-    blocks = [start for start in range(0, len(TAR), 512) if TAR[start + 257 : start + 262] == b"ustar"]
-
-    def apply(changes):
-        changed = bytearray(TAR)
-        for block, (start, size), value in changes:
-            changed[block + start : block + start + size] = value[:size].ljust(size, b"\0")
-            changed[block + 148 : block + 156] = b" " * 8
-            changed[block + 148 : block + 156] = b"%06o\0 " % sum(changed[block : block + 512])
-        return bytes(changed)
-
-    values = st.sampled_from(TAR_VALUES) | st.binary(max_size=12)
-    change = st.tuples(st.sampled_from(blocks), st.sampled_from(TAR_FIELDS), values)
-    return st.lists(change, min_size=1, max_size=3).map(apply)
+TAR_HEADERS = with_fields(TAR, TAR_PLACES, st.sampled_from(TAR_VALUES) | st.binary(max_size=12), tar_checksum)
 
 
 def with_pax(records):
@@ -115,7 +125,7 @@ def with_pax(records):
     return head.tobuf(tarfile.USTAR_FORMAT) + text.ljust(-(-len(text) // 512) * 512, b"\0") + TAR[512:]
 
 
-PAX_KEYS = "size path linkpath mtime hdrcharset GNU.sparse.size GNU.sparse.major GNU.sparse.map".encode().split()
+PAX_KEYS = b"size path linkpath mtime hdrcharset GNU.sparse.size GNU.sparse.major GNU.sparse.map".split()
 PAX_VALUES = (b"-1", b"9" * 13, b"1e999", b"nan", b"/etc/passwd", b"BINARY", b"1", b"0,9", b"")
 PAX = st.tuples(st.sampled_from(PAX_KEYS), st.sampled_from(PAX_VALUES) | st.binary(max_size=9))
 ZIP_FIELDS = {  # (offset, size) of the fields of local headers, of the central directory and of its end
@@ -125,25 +135,15 @@ ZIP_FIELDS = {  # (offset, size) of the fields of local headers, of the central 
 }
 
 
-def zip_headers():
-    places = [
-        (start + offset, size)
-        for mark, fields in ZIP_FIELDS.items()
-        for start in range(len(NPZ))
-        if NPZ.startswith(mark, start)
-        for offset, size in fields
-    ]
-
-    def apply(changes):
-        changed = bytearray(NPZ)
-        for (start, size), value in changes:
-            changed[start : start + size] = (value % (1 << 8 * size)).to_bytes(size, "little")
-        return bytes(changed)
-
-    values = st.sampled_from((8, 12, 14, 93, 95, 99, 300, *EXTREMES)) | st.integers(0, 1 << 32)
-    return st.lists(st.tuples(st.sampled_from(places), values), min_size=1, max_size=3).map(apply)
-
-
+ZIP_PLACES = [
+    (start, *field)
+    for mark, fields in ZIP_FIELDS.items()
+    for start in range(len(NPZ))
+    if NPZ.startswith(mark, start)
+    for field in fields
+]
+ZIP_NUMBERS = st.sampled_from((8, 12, 14, 93, 95, 99, 300, *EXTREMES)) | st.integers(0, 1 << 32)
+ZIP_HEADERS = with_fields(NPZ, ZIP_PLACES, ZIP_NUMBERS.map(lambda n: (n % (1 << 64)).to_bytes(8, "little")))
 DESCRS = (
     "|u1", "<i8", ">i4", "|O", "|V9", "<f8", "|S0", "<U9", "u1,O", [("a", "|O")], None, 3,
     f"__import__('os').system('touch {SENTINEL}')",
@@ -164,15 +164,8 @@ def npz_with(key, header, method):
     return out.getvalue()
 
 
-HEADERS = st.fixed_dictionaries(
-    {},
-    optional={
-        "descr": st.sampled_from(DESCRS),
-        "fortran_order": st.sampled_from((True, False, 2)),
-        "shape": st.sampled_from(SHAPES),
-        "more": st.just(1),
-    },
-)
+VALUES = {"descr": DESCRS, "fortran_order": (True, False, 2), "shape": SHAPES, "more": (1,)}
+HEADERS = st.fixed_dictionaries({}, optional={key: st.sampled_from(values) for key, values in VALUES.items()})
 TEXTS = st.sampled_from(("(" * 9000, "{'shape': " + "-" * 9000 + "1}", "9**9**9", "{[]: 1}")) | st.text(max_size=40)
 NPY_HEADERS = st.builds(
     npz_with,
@@ -183,26 +176,16 @@ NPY_HEADERS = st.builds(
 
 # Images: the chunks of a PNG, with their checksums.
 
-PNG_HEADERS = st.builds(
-    lambda *fields: struct.pack(">IIBBBBB", *fields),
-    st.sampled_from((32, 32, 32, 0, 33, 1 << 31)),  # width, height, bits, colour type, 0, 0, interlacing
-    st.sampled_from((32, 32, 32, 0, 20_000)),
-    st.sampled_from((8, 1, 2, 4, 16, 0, 99)),
-    st.sampled_from((2, 0, 3, 4, 6, 1, 255)),
-    st.just(0),
-    st.just(0),
-    st.sampled_from((0, 1, 2)),
-)
+PNG_FIELDS = (  # width, height, bits, colour type, compression, filter, interlacing
+    (32, 32, 32, 0, 33, 1 << 31), (32, 32, 32, 0, 20_000), (8, 1, 2, 4, 16, 0, 99), (2, 0, 3, 4, 6, 1, 255), (0,), (0,),
+    (0, 1, 2),
+)  # fmt: skip
+PNG_HEADERS = st.tuples(*map(st.sampled_from, PNG_FIELDS)).map(lambda fields: struct.pack(">IIBBBBB", *fields))
 PNG_PIXELS = st.sampled_from([zlib.compress(bytes(size)) for size in (32 * (1 + 96), 0, 9, 1 << 20)])
 BOMB = zlib.compress(bytes(1 << 24))
-CHUNKS = st.lists(
-    st.tuples(
-        st.sampled_from(b"tEXt zTXt iTXt iCCP PLTE tRNS gAMA cHRM pHYs eXIf acTL fcTL fdAT ABCD".split()),
-        st.sampled_from((b"a\0\0" + BOMB, b"a\0\1\0a\0b\0" + BOMB, b"", bytes(768), bytes(26)))
-        | st.binary(max_size=40),
-    ),
-    max_size=3,
-)
+NAMES = b"tEXt zTXt iTXt iCCP PLTE tRNS gAMA cHRM pHYs eXIf acTL fcTL fdAT ABCD".split()
+CONTENTS = st.sampled_from((b"a\0\0" + BOMB, b"a\0\1\0a\0b\0" + BOMB, b"", bytes(768), bytes(26)))
+CHUNKS = st.lists(st.tuples(st.sampled_from(NAMES), CONTENTS | st.binary(max_size=40)), max_size=3)
 PNG_CHUNKS = st.builds(
     lambda head, before, data, after: png_of([(b"IHDR", head), *before, (b"IDAT", data), *after, (b"IEND", b"")]),
     PNG_HEADERS,
@@ -217,9 +200,9 @@ TARGETS = {
     "pickled class names": ("batches.meta", pickles(PYTHON["batches.meta"])),
     "binary batch": ("data_batch_1.bin", mutants(BINARY["data_batch_1.bin"]) | BLIND),
     "class names": ("batches.meta.txt", mutants(BINARY["batches.meta.txt"]) | BLIND),
-    "tar": ("a.tar", tar_headers() | st.lists(PAX, max_size=4).map(with_pax) | mutants(TAR) | BLIND),
+    "tar": ("a.tar", TAR_HEADERS | st.lists(PAX, max_size=4).map(with_pax) | mutants(TAR) | BLIND),
     "gzip": ("a.tar.gz", mutants(gzip.compress(tar_bytes(PYTHON), mtime=0)) | BLIND),
-    "zip": ("a.npz", zip_headers() | mutants(NPZ) | BLIND),
+    "zip": ("a.npz", ZIP_HEADERS | mutants(NPZ) | BLIND),
     "npy": ("a.npz", NPY_HEADERS),
     "png": ("train/class000/a.png", PNG_CHUNKS | mutants(PNG) | BLIND),
     "jpeg": ("train/class000/a.jpg", mutants(JPEG) | BLIND),
