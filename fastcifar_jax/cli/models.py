@@ -10,8 +10,9 @@ from sklearn.metrics import confusion_matrix
 from fastcifar_jax.analysis.calibration import measure
 from fastcifar_jax.cli import console as report
 from fastcifar_jax.cli.options import CliContext, json_option, usage_errors
-from fastcifar_jax.data.load import load
-from fastcifar_jax.data.readers import DataError, as_data_error, bounded_bytes, decode_image
+from fastcifar_jax.data.checks import DataError, as_data_error, read_bounded
+from fastcifar_jax.data.image_folder import decode_image
+from fastcifar_jax.data.load import load_data
 from fastcifar_jax.ops import backend
 from fastcifar_jax.runs import experiments as discover
 from fastcifar_jax.runs import files
@@ -82,7 +83,7 @@ def evaluate(
     model = _load(invocation, path, recipe_name)
     console = report.make_console()
     with usage_errors():
-        dataset, info = load(source)
+        dataset, info = load_data(source)
         pixels, labels = (np.asarray(array)[:limit_test] for array in dataset[2:])
         if limit_test and len(labels) < limit_test:
             raise DataError(f"limit_test is {limit_test}; {source} has {len(labels)} test images: give fewer")
@@ -136,7 +137,9 @@ def read_image(path: Path, shape: tuple[int, int, int], resize: bool) -> np.ndar
     if channels != 3:
         raise DataError(f"the model takes images of {channels} channels; image files give three: use its predict")
     with as_data_error(path):
-        return decode_image(bounded_bytes(path, MAX_FILE), path, width, height, resize, "resize it, or give --resize")
+        return decode_image(
+            read_bounded(path, MAX_FILE), path, height, width, resize=resize, advice="resize it, or give --resize"
+        )
 
 
 def _load(invocation: CliContext, path: Path, recipe_name: str | None) -> SavedModel:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastcifar_jax.data.load import load
+from fastcifar_jax.data.load import load_data
 from fastcifar_jax.ops import backend, conv
 from fastcifar_jax.recipe import change
 from fastcifar_jax.runs import experiments as discover
@@ -150,7 +150,7 @@ def main() -> None:
     path = Path(task["path"])
     declared = discover.resolve((task["experiment"] if path.parent == folder else str(path),), folder)
     [experiment] = (e for e in declared if e.recipe.name == task["experiment"])
-    dataset, info = load(task["data"], limit_train=task["limit_train"])
+    dataset, info = load_data(task["data"], limit_train=task["limit_train"])
     recipe = change(experiment.recipe, task["set"], None, task["width"], task["dtype"])
     answer = lambda **values: print(json.dumps(values), flush=True)
     if task["kind"] == "layers":

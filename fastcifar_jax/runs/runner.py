@@ -15,6 +15,7 @@ import numpy as np
 from rich.console import Console
 
 from fastcifar_jax.cli import console as report
+from fastcifar_jax.data import load
 from fastcifar_jax.data.load import DataInfo, load
 from fastcifar_jax.ops import backend
 from fastcifar_jax.recipe import Recipe, flatten
@@ -62,6 +63,8 @@ def load_data(source: str, limit_train: int | None, console: Console) -> LoadedD
     console.print(f"loading {source}", soft_wrap=True)
     dataset, info = load(source, limit_train=limit_train)
     text = report.device_text(provenance.device())  # starts the device too, which is no part of the transfer
+    dataset, info = load.load_data(source, limit_train=limit_train)
+    text = report.device_text(records.device())  # starts the device too, which is no part of the transfer
     start = time.perf_counter()
     dataset = jax.block_until_ready(jax.device_put(dataset))
     seconds = time.perf_counter() - start

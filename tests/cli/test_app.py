@@ -140,7 +140,7 @@ def test_interruption_before_training(workplace, call, monkeypatch):
     def load(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(runs, "load", load)
+    monkeypatch.setattr("fastcifar_jax.data.load.load_data", load)
     status, _, err = call("run", "trick.py")
     assert (status, err.strip()) == (130, "error: interrupted")
 

@@ -13,7 +13,7 @@ from experiments.airbench import airbench94, airbench94_muon
 from experiments.bag_of_tricks import final
 from fastcifar_jax.augment import Crop
 from fastcifar_jax.cli import app as cli
-from fastcifar_jax.data.load import load
+from fastcifar_jax.data.load import load_data
 from fastcifar_jax.evaluate import NoTTA
 from fastcifar_jax.runs import records
 from fastcifar_jax.runs.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
@@ -43,7 +43,7 @@ def assert_same_bits(found, expected):
 )
 def test_resumed_run_equals_the_undisturbed_one(tmp_path, recipe):
     """Two and a half epochs of three steps, resumed after each."""
-    dataset, _ = load("digits", limit_train=112)
+    dataset, _ = load_data("digits", limit_train=112)
     digits = jax.device_put(Dataset(*dataset[:2], dataset.test_images[:20], dataset.test_labels[:20]))
     small = {"init_images": 64, "tta": NoTTA(), "augmentations": (Crop(2),), "batch_size": 32, "num_epochs": 2.5}
     recipe = replace(recipe, model=recipe.model.with_width(4), compute_dtype="float32", **small)

@@ -75,7 +75,7 @@ def run(tmp_path_factory):
     [(path, record)] = records.find(folder / "runs").items()
     path = path.with_suffix(".safetensors")
     model = fastcifar_jax.load(path)
-    dataset, info = data.load(source)
+    dataset, info = data.load_data(source)
     return Run(path, record, source, dataset, info, model, model.logits(dataset.test_images))
 
 
@@ -140,7 +140,7 @@ def trick(workplace, compiled):
     """`(recipe, data, info, state)` of a linear network with six views, whose weights are averaged."""
     [experiment] = discover.resolve(("trick.py",), None)
     recipe = replace(experiment.recipe, tta=SixViewTTA(), average=Ema(0.9, 1), compute_dtype="float32")
-    dataset, info = data.load("tiny.npz")
+    dataset, info = data.load_data("tiny.npz")
     return recipe, dataset, info, make_train(recipe, 10, None, compiled)(jax.random.key(0), dataset).state
 
 
