@@ -145,7 +145,7 @@ def _load(invocation: CliContext, path: Path, recipe_name: str | None) -> SavedM
         found = discover.resolve((recipe_name,), invocation.folder) if recipe_name else []
         if len(found) > 1:
             raise ValueError(f"{recipe_name} declares {len(found)} recipes; give one")
-        return saved.load(path, recipe=found[0].recipe if found else None)
+        return saved.load_model(path, found[0].recipe if found else None)
 
 
 def _origin(path: Path, model: SavedModel) -> dict[str, Any]:
