@@ -188,12 +188,12 @@ def load_model(path: str | os.PathLike[str], recipe: Recipe | None = None) -> Sa
     """
     with _errors_about(str(path), "save the model again, or fetch the file again"):
         data = _bounded_bytes(Path(path))
+        tensors = safetensors.numpy.load(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         if "fastcifar_jax" not in header.get("__metadata__", {}):
             raise SavedModelError("another program wrote it; expected a file of `run --save`")
         model = _from_json(header["__metadata__"]["fastcifar_jax"], recipe)
         expected = _expected(model)
-        tensors = safetensors.numpy.load(data)
         _check_tensors(tensors, flatten_by_path(expected))
         leaves = [jax.device_put(tensors[name]) for name in flatten_by_path(expected)]
         return dataclasses.replace(model, variables=jax.tree.unflatten(jax.tree.structure(expected), leaves))

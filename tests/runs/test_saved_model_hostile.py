@@ -2,11 +2,11 @@
 
 import contextlib
 import copy
-import dataclasses
 import json
 import os
 import pickle
 import tracemalloc
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -21,39 +21,25 @@ from fastcifar_jax.models.activations import Celu
 from fastcifar_jax.models.layers import BatchNormConfig
 from fastcifar_jax.models.resnet9 import ResNet9
 from fastcifar_jax.recipe import Recipe
-from fastcifar_jax.runs import experiments, saved_model
+from fastcifar_jax.runs import saved_model
 from fastcifar_jax.runs.saved_model import FACTS, SavedModelError, load_model
-from tests.helpers_cli import TRICK, train_and_test
+from tests.helpers_cli import train_and_test
 from tests.helpers_fuzz import COUNTS, EXTREMES, fuzz, mutants
 
 NARROW = ResNet9(channels=(1, 1, 1, 1), activation=Celu(), norm=BatchNormConfig(num_groups=2), res_layers=())
 RECIPE = Recipe(model=NARROW, tta=SixViewTTA(), compute_dtype="float32")
 
 
-def content_of(recipe, folder):
-    """The bytes of an untrained model, which load."""
-    variables = jax.eval_shape(recipe.model(10, "float32").init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
-    variables = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), variables)
-    info = DataInfo("digits", "f00d", tuple("abcdefghij"), 130, 20)
-    path = folder / "valid.safetensors"
-    saved_model.save_model(saved_model.of_run(recipe, info, train_and_test(), 0, variables, (0.5, 0.5)), path)
-    assert load_model(path, recipe).recipe == recipe
-    return path.read_bytes()
-
-
 @pytest.fixture(scope="module")
 def valid(tmp_path_factory):
-    return content_of(RECIPE, tmp_path_factory.mktemp("resnet9"))
-
-
-@pytest.fixture(scope="module")
-def linear(tmp_path_factory):
-    """A recipe whose network is traced in no time, and its file."""
-    folder = tmp_path_factory.mktemp("linear")
-    (folder / "trick.py").write_text(TRICK)
-    [experiment] = experiments.resolve((str(folder / "trick.py"),), None)
-    recipe = dataclasses.replace(experiment.recipe, compute_dtype="float32")
-    return recipe, content_of(recipe, folder)
+    """The bytes of an untrained model, which load."""
+    variables = jax.eval_shape(NARROW(10, "float32").init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    variables = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), variables)
+    info = DataInfo("digits", "f00d", tuple("abcdefghij"), 130, 20)
+    path = tmp_path_factory.mktemp("models") / "valid.safetensors"
+    saved_model.save_model(saved_model.of_run(RECIPE, info, train_and_test(), 0, variables, (0.5, 0.5)), path)
+    assert load_model(path).recipe == RECIPE
+    return path.read_bytes()
 
 
 def unpacked(content):
@@ -79,31 +65,21 @@ def refusal(folder, content):
     return message
 
 
-def of_length(length, text):
-    return length.to_bytes(8, "little") + text
-
-
-class Calls:
-    def __reduce__(self):
-        return os.system, ("true",)
-
-
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("length", "text", "message"),
     [
-        (b"", "0 bytes"),
-        (pickle.dumps(Calls()) + bytes(100), "header claims"),
-        (b"PK\x03\x04" + bytes(100), "header claims"),
-        (of_length(1 << 42, b"{}"), "header claims 4398046511104 bytes of 10"),
-        (of_length(2, b"{}"), "another program wrote it"),
-        (of_length(20, b'{"__metadata__": {}}'), "another program wrote it"),
-        (of_length(2, b"[]"), "AttributeError"),
-        (of_length(9, b'{"a":\x1b[3}'), "Expecting value"),
-        (of_length(4000, b"[" * 4000), "RecursionError"),
+        (0, b"", "8 bytes"),
+        (int.from_bytes(pickle.dumps(Path("a"))[:8], "little"), bytes(100), "header claims"),
+        (1 << 42, b"{}", "header claims 4398046511104 bytes of 10"),
+        (2, b"{}", "another program wrote it"),
+        (20, b'{"__metadata__": {}}', "another program wrote it"),
+        (2, b"[]", "SafetensorError"),
+        (9, b'{"a":\x1b[3}', "SafetensorError"),
+        (4000, b"[" * 4000, "SafetensorError"),
     ],
 )
-def test_not_a_model(tmp_path, content, message):
-    assert message in refusal(tmp_path, content)
+def test_not_a_model(tmp_path, length, text, message):
+    assert message in refusal(tmp_path, length.to_bytes(8, "little") + text)
 
 
 def test_no_file(tmp_path):
@@ -145,8 +121,6 @@ def test_truncated(tmp_path, valid):
         ("classes", [], "it has 0 classes"),
         ("classes", "abcdefghij", "classes: expected tuple"),
         ("classes", ["a"] * 9, "'params/linear' is float32 (1, 10); expected float32 (1, 9)"),
-        ("classes", ["a"] * 9 + ["\u202e"], "classes.9: got '\\u202e'"),
-        ("image_shape", [32, 32], "image_shape: expected tuple[int, int, int]"),
         ("image_shape", [1, 1, 3], "does not fit into maps of"),
         ("image_shape", [1 << 20, 1 << 20, 3], "expected sides of at most"),
         ("image_shape", [32, 32, 4], "its images are (32, 32, 4)"),
@@ -154,24 +128,17 @@ def test_truncated(tmp_path, valid):
         ("recipe", None, "recipe: expected a dict whose type is one of Recipe, got None"),
         ("recipe.mean", [1.0, 2.0, "3"], "recipe.mean.2: expected float, got '3'"),
         ("recipe.mean", [1.0, 2.0, 1e200], "recipe.mean.2: got 1e+200; give finite numbers"),
-        ("recipe.std", [1.0, 2.0, 0.0], "std above 0"),
         ("recipe.compute_dtype", "auto", "dtype 'auto'"),
         ("recipe.compute_dtype", "float64", "float64"),
         ("recipe.optim.schedule.warmup", 2.0, "schedule.warmup is 2.0"),
-        ("recipe.model", "ResNet9", "recipe.model: expected a dict whose type is one of ResNet9, AirNet"),
         ("recipe.model", {"type": "os.system"}, "for a class of your own, give its recipe"),
-        ("recipe.model", {"type": ["ResNet9"]}, "expected a dict whose type is one of ResNet9, AirNet"),
         ("recipe.model", {"type": "FlipTTA"}, "expected a dict whose type is one of ResNet9, AirNet"),
-        ("recipe.model.channels", [1, 1, 1], "channels: expected tuple[int, int, int, int], got [1, 1, 1]"),
         ("recipe.model.channels", [1, 1, 1, 2], "expected float32"),
-        ("recipe.model.channels", [0, 1, 1, 1], "give four numbers >= 1"),
         ("recipe.model.channels", [2**31 - 1] * 4, ""),
         ("recipe.model.channels", [1, 1, 1, 10**4000], "recipe.model.channels.3: got 1000"),
         ("recipe.model.norm.num_groups", 2**31 - 1, "expected float32"),
         ("recipe.model.norm", None, "recipe.model.norm: expected a dict whose type is one of BatchNormConfig"),
-        ("recipe.model.whiten", True, "'constants/whiten/kernel'"),
         ("recipe.model.pool_order", "norm", "recipe.model.pool_order: expected Literal["),
-        ("recipe.model.res_layers", ["layer9"], "res_layers and extra_layers name"),
         ("recipe.model.res_layers", ["layer1"], "'batch_stats/layer1/res1"),
         ("recipe.model.activation", {"type": "Celu", "alpha": 0.0}, "alpha 0.0"),
         ("recipe.model.activation", {"type": "Celu", "alpha": 1.0, "more": 1}, "expected the fields alpha of Celu"),
@@ -204,8 +171,6 @@ def test_incomplete_description(tmp_path, valid):
         ("more", np.zeros(3, np.float32), "tensors that differ from the network's: 'more'"),
         ("params/linear", np.ones((10, 1), np.float32), "is float32 (10, 1); expected float32 (1, 10)"),
         ("params/linear", np.ones((1, 10), np.float16), "is float16 (1, 10); expected float32"),
-        ("params/linear", np.ones((1, 10), np.int32), "is int32 (1, 10); expected float32"),
-        ("params/linear", np.full((1, 10), np.nan, np.float32), "'params/linear' has values that are not finite"),
         ("params/linear", np.full((1, 10), -np.inf, np.float32), "'params/linear' has values that are not finite"),
     ],
 )
@@ -239,20 +204,19 @@ def changed(value, draw):
 
 @pytest.mark.parametrize("count", COUNTS)
 @pytest.mark.parametrize("damage", ["bytes", "header", "description"])
-def test_fuzz(tmp_path, valid, linear, damage, count):
-    recipe, content = linear
-    header, description, body = unpacked(valid if damage == "description" else content)
+def test_fuzz(tmp_path, valid, damage, count):
+    header, description, body = unpacked(valid)
     path = tmp_path / "fuzzed.safetensors"
 
     def test(data):
         if damage == "bytes":
-            path.write_bytes(data.draw(mutants(content)))
+            path.write_bytes(data.draw(mutants(valid)))
         elif damage == "header":
             path.write_bytes(packed(changed(header, data.draw), description, body))
         else:
             path.write_bytes(packed(header, changed(description, data.draw), body))
         with contextlib.suppress(SavedModelError):
-            load_model(path, recipe)
+            load_model(path)
 
     fuzz(count, st.data(), test)
 
