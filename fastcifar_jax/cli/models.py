@@ -90,11 +90,10 @@ def evaluate(
     on_record = hash_of(pixels, labels) == model.test_hash
     confusion = confusion_matrix(labels, views.argmax(-1), labels=range(len(model.classes)))
 
-    console.print(
-        f"{model.recipe.name}, seed {model.seed}; on record: test {report.percent(model.test_accuracy)}, TTA "
-        f"{report.percent(model.tta_accuracy)} ({model.data_source}; {'the same' if on_record else 'other'} test images)",
-        soft_wrap=True,
-    )
+    recorded = f"test {report.percent(model.test_accuracy)}, TTA {report.percent(model.tta_accuracy)}"
+    same = f"{'the same' if on_record else 'other'} test images"
+    run = f"{model.recipe.name}, seed {model.seed}"
+    console.print(f"{run}; on record: {recorded} ({model.data_source}; {same})", soft_wrap=True)
     if info.classes != model.classes:
         console.print(f"warning: {source} names its classes differently than the model does", soft_wrap=True)
     table = report.make_table(f"{len(labels):,} images", *((name, "right") for name in measured["plain"]))

@@ -39,7 +39,7 @@ def default_folder() -> Path | None:
 def find_experiments(folder: Path | None) -> list[Experiment]:
     """Every recipe of a folder's modules, sorted by the modules' ORDER, then by their names.
 
-    A module that cannot be imported is left out with a logged warning, so that one broken file does not stop the others.
+    A module that cannot be imported is left out with a logged warning, so that it does not stop the others.
 
     Raises:
       ValueError: there are none.
@@ -95,7 +95,7 @@ def _declared(module: ModuleType, path: Path) -> list[Experiment]:
         inherited = isinstance(recipe, Recipe) and recipe.name != path.stem
         recipes = (dataclasses.replace(recipe, name=path.stem, published=Published()) if inherited else recipe,)
     if not recipes or not isinstance(recipes, tuple) or not all(isinstance(recipe, Recipe) for recipe in recipes):
-        raise ValueError(f"{path} has no recipes; it needs RECIPE = a Recipe, or RECIPES = a tuple of them")
+        raise ValueError(f"{path} holds no recipes; it needs RECIPE = a Recipe, or RECIPES = a tuple of them")
     title = f"{path.stem}: {(module.__doc__ or '').strip().partition(chr(10))[0]}".removesuffix(": ")
     parents, data, listed = (getattr(module, *pair) for pair in (("PARENTS", {}), ("DATA", None), ("LISTED", True)))
     return [
