@@ -156,7 +156,7 @@ def run(
     writes = hosts.writes_records()
     with usage_errors():
         for job in jobs.values() if save else ():
-            saved.check(job.recipe, job.data.info, job.data.dataset)
+            saved.check_saveable(job.recipe, job.data.info, job.data.dataset)
         known = {  # a damaged record is found before anything is trained
             (job.framework, job.recipe.hash, seed)
             for job in jobs.values()

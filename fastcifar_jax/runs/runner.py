@@ -195,7 +195,7 @@ def _save_model(job: RunSpec, out: Path, seed: int, run: RunResult) -> None:
     assert run.state is not None  # it is kept where seeds are trained one after another
     accuracies = run.epochs[-1].test_accuracy, run.epochs[-1].tta_accuracy
     model = saved.of_run(job.recipe, job.data.info, job.data.dataset, seed, eval_variables(run.state), accuracies)
-    saved.write(model, _path_of(job, out, seed).with_suffix(saved.SUFFIX))
+    saved.save_model(model, _path_of(job, out, seed).with_suffix(saved.SUFFIX))
 
 
 def _shapes_of_state(job: RunSpec) -> TrainState:
