@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,6 @@ from fastcifar_jax.recipe import change
 from fastcifar_jax.runs import experiments as discover
 from fastcifar_jax.runs import records
 from fastcifar_jax.runs import runner as runs
-from fastcifar_jax.runs.records import Record
 
 FIRST_LOOK = 4  # seeds per arm before the first look of --until-half-width
 BLOCK = 2  # seeds per arm between two looks
@@ -76,7 +75,7 @@ def compare(
             specs, driver = make_jobs(context, names, options, console)
             run = functools.partial(_run, options=options, context=context, console=console, driver=driver, compiled={})
             if len(specs) < 2:
-                raise ValueError(f"{', '.join(names)} is a single arm; a comparison needs two")
+                raise ValueError(f"{', '.join(names)} is one arm; a comparison needs two")
             if half_width is None:
                 answer = answer_of(run(specs, seeds), to_compare)
             else:
@@ -94,16 +93,7 @@ def compare(
 @click.option("--metric", type=click.Choice(ACCURACIES), default="tta_accuracy", show_default=True)
 @json_option
 @click.pass_obj
-def match_epochs(
-    context: CliContext,
-    base: str,
-    other: str,
-    seeds: range,
-    options: RunOptions,
-    step: int,
-    metric: str,
-    json_path: Path | None,
-) -> None:
+def match_epochs(context: CliContext, base: str, other: str, seeds: range, options: RunOptions, **asked: Any) -> None:
     """Expresses a gain in epochs: drops epochs of OTHER until it is no better than BASE, which keeps its own.
 
     --epochs is the number of epochs of BASE and the first of OTHER.
@@ -116,7 +106,7 @@ def match_epochs(
     (base_name, base_spec), (name, spec) = specs.items()
 
     def shorter() -> Iterator[Arm]:
-        for most in range(math.ceil(spec.recipe.num_epochs), 0, -step):
+        for most in range(math.ceil(spec.recipe.num_epochs), 0, -asked["step"]):
             try:
                 recipe = dataclasses.replace(spec.recipe, num_epochs=min(most, spec.recipe.num_epochs))  # 9.9, then 9
             except ValueError as error:
@@ -127,12 +117,12 @@ def match_epochs(
 
     with usage_errors():
         [base_arm] = run({base_name: base_spec}, seeds)
-        for answer in match(base_arm, shorter(), CompareOptions(metric=metric)):
+        for answer in match(base_arm, shorter(), CompareOptions(metric=asked["metric"])):
             last = answer["differences"][-1]
             console.print(f"{last['of']} against {base_name}: {_size(last, answer)}", soft_wrap=True)
     equal = equal_epochs(answer)
     parts = (*render_comparison(answer), equal_text(answer, equal, name))
-    _finish({**answer, "equal": equal and equal._asdict()}, parts, json_path, console)
+    _finish({**answer, "equal": equal and equal._asdict()}, parts, asked["json_path"], console)
 
 
 def _run(specs, seeds, options, context, console, driver, compiled) -> list[Arm]:
@@ -164,17 +154,9 @@ def _answer(arms: Sequence[Arm], options: CompareOptions, mixed: bool, console: 
     return comparison.compare(arms, options)
 
 
-def _compare_until(
-    half_width: float,
-    max_seeds: int,
-    run: Callable[[Iterable[int]], list[Arm]],
-    answer_of: Callable[[Sequence[Arm], CompareOptions], Answer],
-    options: CompareOptions,
-    console: Console,
-) -> Answer:
+def _compare_until(half_width, max_seeds, run, answer_of, options, console) -> Answer:
     """Compares after each block of seeds, so that the intervals of all looks hold together at `options.confidence`."""
-    found: dict[str, tuple[Record, ...]] = {}
-    count = 0
+    found, count = {}, 0
     for look in itertools.count(1):
         seeds = range(count, min(FIRST_LOOK + BLOCK * (look - 1), max_seeds))
         found = {arm.name: found.get(arm.name, ()) + arm.records for arm in run(seeds)}
@@ -208,7 +190,7 @@ def _load_arms(context: CliContext, names: Sequence[str], options: RunOptions) -
             arm = comparison.arm_name(framework, recipe.name, variant)
             arms[arm] = load(f"{framework}:{recipe.name}" + f"@{prefix}" * bool(prefix))._replace(name=arm)
     if len(arms) < 2:
-        raise ValueError(f"{', '.join(names)} is a single arm; a comparison needs two")
+        raise ValueError(f"{', '.join(names)} is one arm; a comparison needs two")
     return list(arms.values())
 
 
@@ -251,7 +233,7 @@ def render_comparison(answer: Answer) -> Iterator[str | Table]:
     for d in answer["differences"]:
         yield verdict_text(d, answer)
     if unfinished := sum(arm["diverged"] + arm["crashed"] for arm in answer["arms"]):
-        yield f"{unfinished} runs did not finish; the means are of the others, and too favourable to their arms"
+        yield f"{unfinished} runs did not finish; the means leave them out, which favours their arms"
 
 
 def equal_text(answer: Answer, equal: stats.Crossing | None, name: str) -> str:
@@ -273,9 +255,8 @@ def equal_text(answer: Answer, equal: stats.Crossing | None, name: str) -> str:
 
 def verdict_text(d: dict[str, Any], answer: Answer) -> str:
     """One sentence for one difference of an answer."""
-    unit, runs_text = _unit(answer), "{:,} runs per arm (80 % power)".format
+    unit, size, runs_text = _unit(answer), _size(d, answer), "{:,} runs per arm (80 % power)".format
     text = f"{d['of']} against {d['against']}: "
-    size = _size(d, answer)
     if d["verdict"] == "none shown":
         several = f" after correction for {len(answer['differences'])} comparisons"
         excludes_0 = not d["low"] <= 0 <= d["high"]
@@ -297,7 +278,7 @@ def _table(left: Sequence[str], right: Sequence[str]) -> Table:
 
 
 def _size(d: dict[str, Any], answer: Answer) -> str:
-    return f"{d['estimate']:+.2f}{_unit(answer)} ({_interval(d)})"
+    return f"{d['estimate']:+.2f}{_unit(answer)} ({_level(answer)} interval {_interval(d)})"
 
 
 def _interval(found: dict[str, Any], form: str = "+.2f") -> str:

@@ -4,28 +4,30 @@ import math
 
 import numpy as np
 import pytest
-from scipy import stats as scipy_stats
+import scipy.stats
 
 from fastcifar_jax.analysis.stats import crossing
 
 
-def test_crossing_by_hand():
-    assert crossing([8, 10, 14], [[0.93], [0.94], [0.96]], [0.945]) == pytest.approx((11, 11, 11))
-    assert crossing([8, 10, 14], [[0.92, 0.94], [0.94], [0.96]], [0.93, 0.94]).value == pytest.approx(9)
-    assert crossing([8, 10, 14], [[0.93], [0.94], [0.96]], [0.94]).value == 10
-
-
-def test_crossing_outside_what_was_tried():
-    arms = [[0.93], [0.94]]
-    assert crossing([8, 10], arms, [0.92]) == (-math.inf,) * 3
-    assert crossing([8, 10], arms, [0.93]) == (-math.inf,) * 3  # at the smallest
-    assert crossing([8, 10], arms, [0.95]) == (math.inf,) * 3
-    assert crossing([8, 10], [[0.1] * 3, [0.1] * 7], [0.1] * 11) == (-math.inf,) * 3  # equal in spite of rounding
-
-
-def test_crossing_is_the_last_rise():
-    assert crossing([1, 2, 3, 4], [[0.0], [2.0], [0.0], [2.0]], [1.0]).value == pytest.approx(3.5)
-    assert crossing([1, 2, 3], [[0.0], [2.0], [0.0]], [1.0]).value == math.inf
+@pytest.mark.parametrize(
+    ("xs", "samples", "target", "value"),
+    [
+        ([8, 10, 14], [[0.93], [0.94], [0.96]], [0.945], 11),
+        ([8, 10, 14], [[0.92, 0.94], [0.94], [0.96]], [0.93, 0.94], 9),
+        ([8, 10, 14], [[0.93], [0.94], [0.96]], [0.94], 10),
+        ([1, 2, 3, 4], [[0.0], [2.0], [0.0], [2.0]], [1.0], 3.5),  # the last rise
+        ([1, 2, 3], [[0.0], [2.0], [0.0]], [1.0], math.inf),
+        ([8, 10], [[0.93], [0.94]], [0.95], math.inf),  # outside what was tried
+        ([8, 10], [[0.93], [0.94]], [0.92], -math.inf),
+        ([8, 10], [[0.93], [0.94]], [0.93], -math.inf),  # at the smallest
+        ([8, 10], [[0.1] * 3, [0.1] * 7], [0.1] * 11, -math.inf),  # equal in spite of rounding
+    ],
+)
+def test_crossing_by_hand(xs, samples, target, value):
+    found = crossing(xs, samples, target)
+    assert found.value == pytest.approx(value)
+    if all(len(set(arm)) == 1 for arm in (*samples, target)):
+        assert found.low == found.high == found.value
 
 
 @pytest.mark.parametrize(("confidence", "half"), [(0.95, 0.1 * math.sqrt(2)), (0.6, 0.1 * math.sqrt(2)), (0.4, 0)])
@@ -38,14 +40,13 @@ def test_crossing_interval_by_hand(confidence, half):
     assert result == pytest.approx((9, 9 - half, 9 + half))
 
 
-def test_crossing_interval_takes_order_statistics_outwards():
+@pytest.mark.parametrize(("end", "both"), [(1, 0), (2, 2)], ids=["low", "high"])
+def test_crossing_interval_takes_order_statistics_outwards(end, both):
     """Of 100 resamples of two runs, `few` are one run twice: the tail reaches the last of them, and no further."""
-    drawn = np.random.default_rng(0).integers(2, size=(100, 2)).sum(1)  # the target is resampled first
-    for end, few in ((1, np.sum(drawn == 0)), (2, np.sum(drawn == 2))):
-        for rank, outside in ((few - 0.01, True), (few + 0.01, False)):
-            confidence = 1 - 2 * rank / 99
-            found = crossing([8, 10], [[8], [10]], [8.9, 9.1], confidence, resamples=100)[end]
-            assert abs(found - 9) == pytest.approx(0.1 * math.sqrt(2) * outside, abs=1e-9)
+    few = np.sum(np.random.default_rng(0).integers(2, size=(100, 2)).sum(1) == both)  # the target is resampled first
+    for rank, outside in ((few - 0.01, True), (few + 0.01, False)):
+        found = crossing([8, 10], [[8], [10]], [8.9, 9.1], confidence=1 - 2 * rank / 99, resamples=100)[end]
+        assert abs(found - 9) == pytest.approx(0.1 * math.sqrt(2) * outside, abs=1e-9)
 
 
 def test_crossing_interval_is_that_of_the_delta_method():
@@ -54,7 +55,7 @@ def test_crossing_interval_is_that_of_the_delta_method():
     n, sd = 400, 0.5
     samples = [x + sd * rng.standard_normal(n) for x in (8, 9, 10, 11)]
     result = crossing([8, 9, 10, 11], samples, 9.25 + sd * rng.standard_normal(n), confidence=0.9)
-    half = scipy_stats.norm.ppf(0.95) * sd * math.sqrt((1 + 10 / 16) / n)
+    half = scipy.stats.norm.ppf(0.95) * sd * math.sqrt((1 + 10 / 16) / n)
     assert (result.value - result.low, result.high - result.value) == pytest.approx((half, half), rel=0.15)
     assert result.value == pytest.approx(9.25, abs=2 * half)
 
@@ -72,12 +73,19 @@ def test_crossing_repeats_with_its_seed():
     assert crossing([8, 9, 10], samples, target) == crossing([8, 9, 10], samples, target, 0.95, resamples=2000, seed=0)
 
 
-@pytest.mark.parametrize(("n", "least", "most"), [(5, 0.87, 0.95), (20, 0.92, 0.97)])
-def test_crossing_interval_covers(n, least, most):
-    """Nearly as often as it says at 20 runs an arm, less at five, as its docstring admits."""
+@pytest.mark.parametrize(
+    ("experiments", "n", "least", "most"),
+    [
+        (150, 5, 0.86, 0.96),
+        pytest.param(500, 5, 0.87, 0.95, marks=pytest.mark.slow),
+        pytest.param(500, 20, 0.92, 0.97, marks=pytest.mark.slow),
+    ],
+)
+def test_crossing_interval_covers(experiments, n, least, most):
+    """Nearly as often as it says at 20 runs per arm, less at five, as its docstring admits."""
     rng = np.random.default_rng((11, n))
     found = []
-    for _ in range(500):
+    for _ in range(experiments):
         samples = [x + 0.5 * rng.standard_normal(n) for x in (8, 9, 10, 11)]
         found.append(crossing([8, 9, 10, 11], samples, 9.3 + 0.5 * rng.standard_normal(n), resamples=200))
     assert least <= np.mean([result.low <= 9.3 <= result.high for result in found]) <= most
