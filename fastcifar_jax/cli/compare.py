@@ -15,7 +15,7 @@ from rich.table import Table
 from fastcifar_jax.analysis import compare as comparison
 from fastcifar_jax.analysis import stats
 from fastcifar_jax.analysis.compare import ACCURACIES, METRICS, Arm, CompareOptions
-from fastcifar_jax.analysis.match_epochs import equal_epochs
+from fastcifar_jax.analysis.match_epochs import Crossing, equal_epochs
 from fastcifar_jax.analysis.match_epochs import match_epochs as match
 from fastcifar_jax.cli import console as report
 from fastcifar_jax.cli.options import (
@@ -236,7 +236,7 @@ def render_comparison(answer: Answer) -> Iterator[str | Table]:
         yield f"{unfinished} runs did not finish; the means leave them out, which favours their arms"
 
 
-def equal_text(answer: Answer, equal: stats.Crossing | None, name: str) -> str:
+def equal_text(answer: Answer, equal: Crossing | None, name: str) -> str:
     """The number of epochs at which the recipe `name`, shortened, equals the first arm."""
     base, *others = answer["arms"]
     epochs = [arm["num_epochs"] for arm in others]

@@ -7,7 +7,6 @@ import pytest
 from fastcifar_jax.analysis import compare as comparison
 from fastcifar_jax.analysis import stats
 from fastcifar_jax.analysis.compare import Arm, CompareOptions, group_arms, load_arm
-from fastcifar_jax.analysis.match_epochs import equal_epochs, match_epochs
 from fastcifar_jax.runs import records
 from tests.helpers_records import RECORD, with_changes
 
@@ -156,19 +155,3 @@ def test_parse_arm():
     for text in ("", "final@xyz", "@12"):
         with pytest.raises(ValueError, match="is not an arm; give an experiment's name"):
             comparison.parse_arm(text)
-
-
-def test_match_epochs_requests_arms_until_one_is_no_better():
-    requested = []
-
-    def arms():
-        for num_epochs, value in ((8, 0.95), (7, 0.945), (6, 0.935), (5, 0.93)):
-            requested.append(num_epochs)
-            yield make_arm(f"{num_epochs}", [value + x for x in (0, 0.001)], **of_length(num_epochs))
-
-    base = make_arm("base", (0.94, 0.941))
-    *_, answer = match_epochs(base, arms(), CompareOptions())
-    assert requested == [8, 7, 6] == [arm["num_epochs"] for arm in answer["arms"][1:]]
-    assert answer == comparison.compare([base, *list(arms())[:3]], CompareOptions())
-    assert equal_epochs(answer).value == pytest.approx(6.5)
-    assert equal_epochs(next(match_epochs(base, arms(), CompareOptions()))) is None

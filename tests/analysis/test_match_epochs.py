@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from fastcifar_jax.analysis.stats import crossing
+from fastcifar_jax.analysis.compare import Arm, CompareOptions, compare
+from fastcifar_jax.analysis.match_epochs import crossing, equal_epochs, match_epochs
+from tests.helpers_records import RECORD, with_changes
 
 
 @pytest.mark.parametrize(
@@ -89,3 +91,44 @@ def test_crossing_interval_covers(experiments, n, least, most):
         samples = [x + 0.5 * rng.standard_normal(n) for x in (8, 9, 10, 11)]
         found.append(crossing([8, 9, 10, 11], samples, 9.3 + 0.5 * rng.standard_normal(n), resamples=200))
     assert least <= np.mean([result.low <= 9.3 <= result.high for result in found]) <= most
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: crossing([2, 1], [[1, 2], [1, 2]], [1]), r"xs \[2, 1\] for 2 samples; .* increasing xs"),
+        (lambda: crossing([1, 2], [[1]], [1]), r"xs \[1, 2\] for 1 samples; give one sample per x"),
+        (lambda: crossing([1], [[1]], [1]), "xs: 1 values, expected .* at least 2"),
+        (lambda: crossing([1, 2], [[1], []], [1]), r"samples\[1\]: 0 values"),
+        (lambda: crossing([1, 2], [[1, 2], [1, 2]], []), "target: 0 values"),
+        (lambda: crossing([1, 2], [[1, 2], [1, 2]], [1], resamples=9), "resamples is 9; the tails need at least 100"),
+    ],
+)
+def test_refuses(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def make_arm(values, num_epochs):
+    recipe, results = (
+        {**RECORD.recipe, "num_epochs": num_epochs},
+        ({**RECORD.result, "tta_accuracy": x} for x in values),
+    )
+    records = (with_changes(RECORD, recipe=recipe, seed=seed, result=result) for seed, result in enumerate(results))
+    return Arm(f"{num_epochs} epochs", tuple(records))
+
+
+def test_match_epochs_requests_arms_until_one_is_no_better():
+    requested, base = [], make_arm((0.94, 0.941), 9)
+
+    def arms():
+        for num_epochs, value in ((8, 0.95), (7, 0.945), (6, 0.935), (5, 0.93)):
+            requested.append(num_epochs)
+            yield make_arm((value, value + 0.001), num_epochs)
+
+    first, *_, last = match_epochs(base, arms(), CompareOptions())
+    assert requested == [8, 7, 6] == [arm["num_epochs"] for arm in last["arms"][1:]]
+    assert last == compare([base, *list(arms())[:3]], CompareOptions())
+    percent = [[93.5, 93.6], [94.5, 94.6], [95.0, 95.1]], [94.0, 94.1]
+    assert equal_epochs(last) == pytest.approx(crossing([6, 7, 8], *percent))
+    assert equal_epochs(last).value == pytest.approx(6.5) and equal_epochs(first) is None
