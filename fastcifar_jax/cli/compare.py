@@ -51,7 +51,9 @@ _above_0 = click.FloatRange(0, min_open=True)
 @click.option("--min-effect", type=_above_0, metavar="PP", help="Show the runs that a difference of this size needs.")
 @click.option("--against-previous", is_flag=True, help="Compare each arm with the one before it, not with the first.")
 @click.option("--until-half-width", type=_above_0, metavar="PP", help="Run seeds until the intervals are +- PP.")
-@click.option("--max-seeds", type=click.IntRange(FIRST_LOOK), default=100, show_default=True, help="Its limit.")
+@click.option(
+    "--max-seeds", type=click.IntRange(FIRST_LOOK), default=100, show_default=True, help="Stop there in any case."
+)
 @click.option("--allow-different-data", is_flag=True, help="Compare runs on different images nevertheless.")
 @json_option
 @click.pass_obj
@@ -156,7 +158,8 @@ def _answer(arms: Sequence[Arm], options: CompareOptions, mixed: bool, console: 
 
 def _compare_until(half_width, max_seeds, run, answer_of, options, console) -> Answer:
     """Compares after each block of seeds, so that the intervals of all looks hold together at `options.confidence`."""
-    found, count = {}, 0
+    found: dict[str, tuple] = {}
+    count = 0
     for look in itertools.count(1):
         seeds = range(count, min(FIRST_LOOK + BLOCK * (look - 1), max_seeds))
         found = {arm.name: found.get(arm.name, ()) + arm.records for arm in run(seeds)}
