@@ -51,9 +51,7 @@ _above_0 = click.FloatRange(0, min_open=True)
 @click.option("--min-effect", type=_above_0, metavar="PP", help="Show the runs that a difference of this size needs.")
 @click.option("--against-previous", is_flag=True, help="Compare each arm with the one before it, not with the first.")
 @click.option("--until-half-width", type=_above_0, metavar="PP", help="Run seeds until the intervals are +- PP.")
-@click.option(
-    "--max-seeds", type=click.IntRange(FIRST_LOOK), default=100, show_default=True, help="Stop there in any case."
-)
+@click.option("--max-seeds", type=click.IntRange(FIRST_LOOK), default=100, show_default=True, help="Upper limit.")
 @click.option("--allow-different-data", is_flag=True, help="Compare runs on different images nevertheless.")
 @json_option
 @click.pass_obj
