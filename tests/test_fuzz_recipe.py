@@ -154,7 +154,7 @@ def test_arms(count):
         try:
             framework, experiment, prefix = parse_arm(text)
         except ValueError as error:
-            assert "is no arm" in str(error)
+            assert "is not an arm" in str(error)
             return
         assert framework in ("jax", "torch") and experiment and "@" not in experiment
         assert set(prefix) <= set("0123456789abcdef")
