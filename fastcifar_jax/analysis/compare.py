@@ -172,7 +172,9 @@ def check_comparable(arms: Sequence[Arm]) -> None:
         for record in arm.records:
             kinds.setdefault(data_key(record.provenance), (arm.name, record))
     if len(kinds) > 1:
-        shown = "; ".join(f"{name}, seed {record.seed}: {data_text(record.provenance.data)}" for name, record in kinds.values())
+        shown = "; ".join(
+            f"{name}, seed {record.seed}: {data_text(record.provenance.data)}" for name, record in kinds.values()
+        )
         raise ValueError(f"these runs saw different images: {shown}; --allow-different-data compares them nevertheless")
 
 

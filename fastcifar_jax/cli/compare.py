@@ -17,21 +17,21 @@ from fastcifar_jax.analysis import stats
 from fastcifar_jax.analysis.compare import ACCURACIES, METRICS, Arm, CompareOptions
 from fastcifar_jax.analysis.match_epochs import Crossing, equal_epochs
 from fastcifar_jax.analysis.match_epochs import match_epochs as match
-from fastcifar_jax.cli import console as report
+from fastcifar_jax.cli import console as view
 from fastcifar_jax.cli.options import (
     CliContext,
     RunOptions,
     json_option,
-    make_jobs,
+    make_specs,
     run_options,
     seeds_option,
     usage_errors,
     variants,
 )
 from fastcifar_jax.recipe import change
-from fastcifar_jax.runs import experiments as discover
-from fastcifar_jax.runs import records
-from fastcifar_jax.runs import runner as runs
+from fastcifar_jax.runs import experiments, files
+from fastcifar_jax.runs.records import Record
+from fastcifar_jax.runs.runner import make_folders, record_of, run_all
 
 FIRST_LOOK = 4  # seeds per arm before the first look of --until-half-width
 BLOCK = 2  # seeds per arm between two looks
@@ -64,7 +64,7 @@ def compare(
     several recipes of that name. Without --seeds or --until-half-width, the records under --out are compared; with
     them, missing runs are made first, the arms in alternating order. PP: percentage points.
     """
-    console = report.make_console()
+    console = view.make_console()
     half_width, max_seeds = asked["until_half_width"], asked["max_seeds"]
     to_compare = CompareOptions(**{name: asked[name] for name in CompareOptions._fields if name in asked})
     answer_of = functools.partial(_answer, mixed=asked["allow_different_data"], console=console)
@@ -72,8 +72,8 @@ def compare(
         if seeds is None and half_width is None:
             answer = answer_of(_load_arms(context, names, options), to_compare)
         else:
-            specs, driver = make_jobs(context, names, options, console)
-            run = functools.partial(_run, options=options, context=context, console=console, driver=driver, compiled={})
+            specs, settings = make_specs(context, names, options, console), options.settings(context)
+            run = functools.partial(_run, settings=settings, programs={}, view=view.RunView(console))
             if len(specs) < 2:
                 raise ValueError(f"{', '.join(names)} is one arm; a comparison needs two")
             if half_width is None:
@@ -98,9 +98,9 @@ def match_epochs(context: CliContext, base: str, other: str, seeds: range, optio
 
     --epochs is the number of epochs of BASE and the first of OTHER.
     """
-    console = report.make_console()
-    specs, driver = make_jobs(context, (base, other), options, console)
-    run = functools.partial(_run, options=options, context=context, console=console, driver=driver, compiled={})
+    console = view.make_console()
+    specs, settings = make_specs(context, (base, other), options, console), options.settings(context)
+    run = functools.partial(_run, settings=settings, programs={}, view=view.RunView(console))
     if len(specs) != 2:
         raise click.UsageError(f"{base} and {other} stand for {len(specs)} recipes; give two")
     (base_name, base_spec), (name, spec) = specs.items()
@@ -175,8 +175,8 @@ def _load_arms(context: CliContext, names: Sequence[str], options: RunOptions) -
         if not changes and "*" not in name:
             arms[text] = load(text)
             continue
-        experiments = discover.resolve((name,), context.folder)
-        for experiment, variant in itertools.product(experiments, variants(options.sweeps)):
+        declared = experiments.resolve((name,), context.folder)
+        for experiment, variant in itertools.product(declared, variants(options.sweeps)):
             recipe, assignments = experiment.recipe, (*options.assignments, *variant)
             if changes:
                 recipe = change(recipe, assignments, options.epochs, options.width, options.dtype)
@@ -192,7 +192,7 @@ def _finish(found: Answer, parts: Iterable[str | Table], json_path: Path | None,
     for part in parts:
         console.print(part, soft_wrap=isinstance(part, str))
     if json_path:
-        records.write_text(json_path, records.dumps(found))
+        files.write_text(json_path, files.dumps(found))
 
 
 def render_comparison(answer: Answer) -> Iterator[str | Table]:
@@ -268,7 +268,7 @@ def verdict_text(d: dict[str, Any], answer: Answer) -> str:
 
 
 def _table(left: Sequence[str], right: Sequence[str]) -> Table:
-    return report.make_table(*left, *((name, "right") for name in right))
+    return view.make_table(*left, *((name, "right") for name in right))
 
 
 def _size(d: dict[str, Any], answer: Answer) -> str:
@@ -290,4 +290,4 @@ def _unit(answer: Answer) -> str:
 def _made_on(arm: dict[str, Any]) -> str:
     """ "digits, 1,437 training and 360 test images; 2-core CPU; python 3.11, jax 0.10.2"."""
     versions = ", ".join(f"{name} {version}" for name, version in arm["versions"].items())
-    return f"{comparison.data_text(arm['data'])}; {report.device_text(arm['device'])}; {versions}"
+    return f"{comparison.data_text(arm['data'])}; {view.device_text(arm['device'])}; {versions}"

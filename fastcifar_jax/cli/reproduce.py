@@ -11,18 +11,16 @@ import click
 from rich.console import Console
 
 from fastcifar_jax.analysis.compare import arm_name
-from fastcifar_jax.cli import console as report
-from fastcifar_jax.cli.options import CliContext, json_option, torch_twin, usage_errors
+from fastcifar_jax.cli import console as view
+from fastcifar_jax.cli.options import CliContext, json_option, load_data, torch_twin, usage_errors
+from fastcifar_jax.functions import check_trainable
 from fastcifar_jax.ops import backend
-from fastcifar_jax.runs import experiments as discover
-from fastcifar_jax.runs import files, records
-from fastcifar_jax.runs import runner as runs
+from fastcifar_jax.runs import experiments, files, records
 from fastcifar_jax.runs.experiments import Experiment
 from fastcifar_jax.runs.rebuild import rebuild
 from fastcifar_jax.runs.records import Record
 from fastcifar_jax.runs.reproduce import DIFFERENT, TOLERANCE, compare_rerun
-from fastcifar_jax.runs.runner import RunSpec
-from fastcifar_jax.train import check
+from fastcifar_jax.runs.runner import RunSettings, RunSpec, run_all
 
 
 @click.command("reproduce")
@@ -56,7 +54,7 @@ def reproduce_command(
     A record holds only the name of a recipe's own Python file, and no file is executed because a record names it: give
     its path with --experiment.
     """
-    console = report.make_console()
+    console = view.make_console()
     with usage_errors():
         existing = records.read(record)
         check_reproducible(existing)
@@ -114,7 +112,7 @@ def show_rerun(label: str, answer: dict[str, Any], console: Console) -> None:
     if not answer["provenance_diff"]:
         console.print("same provenance: versions, device, data, source code, convolution backend and settings")
         return
-    table = report.make_table("different provenance", "on record", "now")
+    table = view.make_table("different provenance", "on record", "now")
     for name, pair in answer["provenance_diff"].items():
         table.add_row(name, *("" if value is None else str(value) for value in pair))
     console.print(table)
@@ -122,10 +120,10 @@ def show_rerun(label: str, answer: dict[str, Any], console: Console) -> None:
 
 def _find_experiment(record: Record, name: str | None, folder: Path | None) -> Experiment:
     """The declared recipe of a record; raises ValueError unless there is exactly one."""
-    experiments = discover.resolve((name,), folder) if name else discover.find_experiments(folder)
-    found = [one for one in experiments if one.recipe.name == record.experiment]
-    if name and len(experiments) == 1:  # an experiment may have been renamed: the hash decides
-        found = experiments
+    declared = experiments.resolve((name,), folder) if name else experiments.find_experiments(folder)
+    found = [one for one in declared if one.recipe.name == record.experiment]
+    if name and len(declared) == 1:  # an experiment may have been renamed: the hash decides
+        found = declared
     if len(found) != 1:
         named = sorted({text for text in record.command if text.endswith(".py")})
         where = f"; its command names {', '.join(named)}" if named else ""
@@ -143,18 +141,18 @@ def _run_spec(record: Record, name: str | None, source: str | None, context: Cli
     twin = torch_twin() if record.framework == "torch" else None
     recorded = record.provenance.data
     with usage_errors("" if source else "the data of the record (--data names others)"):
-        data = runs.load_data(source or recorded["source"], recorded["train"], console)
-    check(recipe, len(data.info.classes), data.dataset)
+        data = load_data(source or recorded["source"], recorded["train"], console)
+    check_trainable(recipe, len(data.info.classes), data.dataset)
     if twin:
-        twin.make_train(recipe, len(data.info.classes))
+        twin.check_trainable(recipe)
     return RunSpec(arm_name(record.framework, recipe.name), recipe, experiment.path, False, data, twin)
 
 
 def _run(spec: RunSpec, seed: int, context: CliContext, console: Console) -> Record:
-    finished: list[Record] = []
     with tempfile.TemporaryDirectory() as folder:
-        runs.make_runner(spec, finished, console, Path(folder), backend.default_driver(), context.arguments)(seed)
-    return finished[0]
+        settings, shown = RunSettings(Path(folder), context.arguments), view.RunView(console)
+        *_, last = shown.show(run_all([spec], [seed], settings, {}, shown.on_steps))
+    return last.news
 
 
 @contextlib.contextmanager

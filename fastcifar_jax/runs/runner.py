@@ -77,6 +77,12 @@ class Event(NamedTuple):
     news: str | EpochInfo | Existing | Record
 
 
+def record_of(event: Event) -> Record | None:
+    """The record that an event brings, new or existing."""
+    news = event.news.record if isinstance(event.news, Existing) else event.news
+    return news if isinstance(news, Record) else None
+
+
 def load_data(source: str, limit_train: int | None) -> LoadedData:
     """Loads a data set and puts it on the device.
 

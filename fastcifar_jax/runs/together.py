@@ -22,6 +22,10 @@ from fastcifar_jax.train import Diverged
 from fastcifar_jax.types import EpochInfo
 
 
+class MeshError(ValueError):
+    """Nothing was trained: a recipe that does not fit the mesh, or processes that were given different things."""
+
+
 def run_together(spec: RunSpec, seeds: Sequence[int], settings: RunSettings, mesh: Mesh) -> Iterator[Event]:
     """Runs the seeds that are not on record, a seed per row of devices at a time.
 
@@ -36,7 +40,7 @@ def run_together(spec: RunSpec, seeds: Sequence[int], settings: RunSettings, mes
 
     Raises:
       RecordError: a record cannot be written.
-      ValueError: a recipe that does not fit the mesh, or processes that were given different things.
+      MeshError: nothing was trained.
       Exception: whatever a run raised that crashed, after records of the seeds in training are written.
     """
     shape, writes = "x".join(map(str, mesh.shape.values())), hosts.writes_records()
@@ -76,7 +80,7 @@ def run_together(spec: RunSpec, seeds: Sequence[int], settings: RunSettings, mes
         raise
     except Exception as error:
         if isinstance(error, ValueError) and not any(rows.values()):
-            raise  # nothing was trained
+            raise MeshError(f"{spec.arm}: {error}") from error
         # A seed that has not finished an epoch may not have started.
         for seed in [seed for seed in rows if rows[seed]] or list(rows)[:1]:
             record = crashed(new[seed], error, rows[seed])
