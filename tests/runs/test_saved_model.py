@@ -94,10 +94,10 @@ def test_predicts_with_its_augmentation(run):
     np.testing.assert_allclose(probabilities, jax.nn.softmax(run.logits[1][:2]), atol=1e-2)
 
 
-def test_written_again_it_is_the_same_file(run, tmp_path):
+def test_saved_again_it_is_the_same_file(run, tmp_path):
     save_model(run.model, tmp_path / "again.safetensors")
-    assert (tmp_path / "again.safetensors").read_bytes() == run.path.read_bytes()
-    assert [path.name for path in tmp_path.iterdir()] == ["again.safetensors"]
+    [path] = tmp_path.iterdir()
+    assert path.read_bytes() == run.path.read_bytes()
 
 
 @pytest.mark.parametrize("compute_dtype", ["float32", "float16"])
@@ -176,9 +176,7 @@ def test_predicts_any_number_of_images(trick, num_images):
 def test_own_network_comes_from_the_caller(trick, call):
     recipe = trick[0]
     save_model(model_of(trick), Path("a.safetensors"))
-    with pytest.raises(
-        SavedModelError, match=r"a\.safetensors: recipe\.model: .*'Linear', 'width': 3.*recipe=my_recipe"
-    ):
+    with pytest.raises(SavedModelError, match=r"a\.safetensors: recipe\.model: .*'Linear', .*recipe=my_recipe"):
         load_model("a.safetensors")
     wide = replace(recipe, model=recipe.model.with_width(4))
     assert load_model("a.safetensors", wide).recipe == recipe  # the class is the caller's, its values are the file's
@@ -190,25 +188,15 @@ def test_own_network_comes_from_the_caller(trick, call):
     assert status == 2 and "declares" in err and "give one" in err
 
 
-@pytest.mark.parametrize(
-    "images",
-    [
-        np.zeros((2, 32, 32, 3)),
-        np.zeros((32, 32, 3), np.uint8),
-        np.zeros((2, 3, 32, 32), np.uint8),
-        [[0]],
-    ],
-)
-def test_other_images_are_refused(trick, images):
+def test_other_images_are_refused(trick):
     model = model_of(trick)
-    for method in (model.predict, model.logits):
-        with pytest.raises(ValueError, match=r"expected uint8 \(n, 32, 32, 3\)"):
-            method(images)
-
-
-def test_no_logits_of_no_images(trick):
-    with pytest.raises(ValueError, match="give one at least"):
-        model_of(trick).logits(np.zeros((0, 32, 32, 3), np.uint8))
+    uint8 = lambda *shape: np.zeros(shape, np.uint8)
+    for images in (np.zeros((2, 32, 32, 3)), uint8(32, 32, 3), uint8(2, 3, 32, 32), [[0]]):
+        for method in (model.predict, model.logits):
+            with pytest.raises(ValueError, match=r"expected uint8 \(n, 32, 32, 3\)"):
+                method(images)
+    with pytest.raises(ValueError, match="give at least one"):
+        model.logits(uint8(0, 32, 32, 3))
 
 
 def test_logits_must_be_finite(trick):

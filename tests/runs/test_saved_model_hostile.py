@@ -110,6 +110,7 @@ def test_truncated(tmp_path, valid):
         refusal(tmp_path, valid[: int(kept * len(valid))])
 
 
+# Values of every kind are in tests/test_recipe.py.
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
@@ -117,7 +118,6 @@ def test_truncated(tmp_path, valid):
         ("seed", -1, "seed is -1; expected a whole number from 0"),
         ("seed", True, "seed is True"),
         ("data_source", "\x1b]0;owned\x07", "data_source: got '\\x1b]0;owned\\x07'; give "),
-        ("data_hash", "x" * 10_001, "at most 10,000 printable characters"),
         ("classes", [], "it has 0 classes"),
         ("classes", "abcdefghij", "classes: expected tuple"),
         ("classes", ["a"] * 9, "'params/linear' is float32 (1, 10); expected float32 (1, 9)"),
@@ -126,22 +126,14 @@ def test_truncated(tmp_path, valid):
         ("image_shape", [32, 32, 4], "its images are (32, 32, 4)"),
         ("more", 1, "it describes format, recipe, seed"),
         ("recipe", None, "recipe: expected a dict whose type is one of Recipe, got None"),
-        ("recipe.mean", [1.0, 2.0, "3"], "recipe.mean.2: expected float, got '3'"),
         ("recipe.mean", [1.0, 2.0, 1e200], "recipe.mean.2: got 1e+200; give finite numbers"),
         ("recipe.compute_dtype", "auto", "dtype 'auto'"),
         ("recipe.compute_dtype", "float64", "float64"),
-        ("recipe.optim.schedule.warmup", 2.0, "schedule.warmup is 2.0"),
         ("recipe.model", {"type": "os.system"}, "for a class of your own, give its recipe"),
-        ("recipe.model", {"type": "FlipTTA"}, "expected a dict whose type is one of ResNet9, AirNet"),
         ("recipe.model.channels", [1, 1, 1, 2], "expected float32"),
         ("recipe.model.channels", [2**31 - 1] * 4, ""),
-        ("recipe.model.channels", [1, 1, 1, 10**4000], "recipe.model.channels.3: got 1000"),
         ("recipe.model.norm.num_groups", 2**31 - 1, "expected float32"),
-        ("recipe.model.norm", None, "recipe.model.norm: expected a dict whose type is one of BatchNormConfig"),
-        ("recipe.model.pool_order", "norm", "recipe.model.pool_order: expected Literal["),
-        ("recipe.model.res_layers", ["layer1"], "'batch_stats/layer1/res1"),
         ("recipe.model.activation", {"type": "Celu", "alpha": 0.0}, "alpha 0.0"),
-        ("recipe.model.activation", {"type": "Celu", "alpha": 1.0, "more": 1}, "expected the fields alpha of Celu"),
         ("recipe.tta.shift", 2**30, "SixViewTTA shifts by 1073741824 pixels"),
     ],
 )  # fmt: skip
@@ -190,16 +182,14 @@ JSON = st.recursive(
 
 
 def changed(value, draw):
-    """`value` with one of the values inside it replaced."""
-    value = copy.deepcopy(value)
-    part = value
+    """`value` with one of its values, or of those inside them, replaced."""
+    value = part = copy.deepcopy(value)
     while True:
         key = draw(st.sampled_from(sorted(part) if isinstance(part, dict) else range(len(part))))
-        if not (isinstance(part[key], dict | list) and part[key] and draw(st.booleans())):
-            break
+        if not part[key] or not isinstance(part[key], dict | list) or draw(st.booleans()):
+            part[key] = draw(JSON)
+            return value
         part = part[key]
-    part[key] = draw(JSON)
-    return value
 
 
 @pytest.mark.parametrize("count", COUNTS)
