@@ -4,13 +4,12 @@ import jax
 import numpy as np
 import pytest
 
-from fastcifar_jax import train
 from fastcifar_jax.cli import app as cli
-from fastcifar_jax.cli import console as report
 from fastcifar_jax.data import load as data
-from fastcifar_jax.runs import runner as runs
-from fastcifar_jax.tunable import program_key
-from tests.helpers_cli import TRICK, fake_make_train, train_and_test
+from fastcifar_jax.hparams import program_key
+from fastcifar_jax.runs import runner
+from fastcifar_jax.train import compile_run
+from tests.helpers_cli import TRICK, pretend_to_train, train_and_test
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -76,46 +75,46 @@ def loaded(monkeypatch):
 @pytest.fixture
 def trained(monkeypatch):
     """Runs end at once; the fixture maps a seed to what its run raises, and lists the seeds that were trained."""
-    raises, runs_made = {}, []
-    monkeypatch.setattr(runs, "make_train", fake_make_train(lambda recipe, seed: (94 + seed) / 100, raises, runs_made))
-    return raises, runs_made
+    raises, seeds = {}, []
+    pretend_to_train(monkeypatch, lambda recipe, seed: (94 + seed) / 100, raises, seeds)
+    return raises, seeds
 
 
 @pytest.fixture
 def at_epoch(monkeypatch):
-    """`at_epoch(k, action)`: what happens once, when epoch k of a run has ended and before it is shown."""
-    epoch_row = report.epoch_row
+    """`at_epoch(k, action)`: what happens once, after epoch k of a run was shown and before the next one starts."""
+    snapshots = runner._snapshots
 
     def at_epoch(epoch, action):
-        def show(info, rate):
-            if info.epoch == epoch:
-                monkeypatch.setattr(report, "epoch_row", epoch_row)
-                action()
-            return epoch_row(info, rate)
+        def with_action(*args):
+            for snapshot in snapshots(*args):
+                yield snapshot
+                if len(snapshot.epochs) == epoch:
+                    monkeypatch.setattr(runner, "_snapshots", snapshots)
+                    action()
 
-        monkeypatch.setattr(report, "epoch_row", show)
+        monkeypatch.setattr(runner, "_snapshots", with_action)
 
     return at_epoch
 
 
 @pytest.fixture(scope="session")
-def compiled_programs():
+def compiled_runs():
     """What `compiled_once` has compiled."""
     return {}
 
 
 @pytest.fixture
-def compiled_once(monkeypatch, compiled_programs):
+def compiled_once(monkeypatch, compiled_runs):
     """Real commands whose recipe is compiled for the first of them only."""
-    compile_programs = train.compile_programs
 
-    def compile_once(recipe, num_classes, dataset, driver):
-        key = (program_key(recipe), num_classes, driver, *(array.shape for array in dataset))
-        if key not in compiled_programs:
-            compiled_programs[key] = compile_programs(recipe, num_classes, dataset, driver)
-        return compiled_programs[key]
+    def compile_once(recipe, num_classes, dataset):
+        key = (program_key(recipe), num_classes, *(array.shape for array in dataset))
+        if key not in compiled_runs:
+            compiled_runs[key] = compile_run(recipe, num_classes, dataset)
+        return compiled_runs[key]
 
-    monkeypatch.setattr(train, "compile_programs", compile_once)
+    monkeypatch.setattr(runner, "compile_run", compile_once)
 
 
 @pytest.fixture(scope="module")

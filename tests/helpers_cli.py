@@ -2,7 +2,9 @@
 
 import numpy as np
 
-from fastcifar_jax.types import Dataset, EpochInfo, RunResult
+from fastcifar_jax.runs import runner
+from fastcifar_jax.train import CompiledRun
+from fastcifar_jax.types import Dataset, EpochInfo, Snapshot
 
 TRICK = '''"""A linear network, which compiles in no time."""
 
@@ -43,8 +45,8 @@ def train_and_test(num_train=130, num_test=20):
     return Dataset(images[:num_train], labels[:num_train], images[num_train:], labels[num_train:])
 
 
-def fake_make_train(accuracy, raises, trained):
-    """In place of `train.make_train`.
+def fake_train_epochs(accuracy, raises, trained):
+    """A run of one epoch that takes no time, in place of `train.train_epochs`.
 
     Args:
       accuracy: of a recipe and a seed.
@@ -52,17 +54,19 @@ def fake_make_train(accuracy, raises, trained):
       trained: gets `(recipe name, seed)` of each run.
     """
 
-    def make_train(recipe, num_classes, driver, compiled):
-        def train(key, dataset, on_epoch, on_step, on_compiled):
-            seed = int(key._base_array[1])
-            trained.append((recipe.name, seed))
-            value = accuracy(recipe, seed)
-            epoch = EpochInfo(1, 8.0, 1.0, 0.5, 0.9, value, 0.8, value + 0.005)
-            on_epoch(epoch)
-            if seed in raises:
-                raise raises[seed]
-            return RunResult(None, (epoch,), 1.0, 30.0, 1000.0)
+    def train_epochs(recipe, num_classes, key, dataset, **options):
+        seed = key if isinstance(key, int) else int(key._base_array[1])
+        trained.append((recipe.name, seed))
+        value = accuracy(recipe, seed)
+        yield Snapshot(None, (EpochInfo(1, 8.0, 1.0, 0.5, 0.9, value, 0.8, value + 0.005),), 1.0)
+        if seed in raises:
+            raise raises[seed]
 
-        return train
+    return train_epochs
 
-    return make_train
+
+def pretend_to_train(monkeypatch, accuracy, raises, trained):
+    """Gives the runner `fake_train_epochs` and nothing to compile."""
+    compiled = CompiledRun(*[None] * 5, "epoch", 1, 30.0)
+    monkeypatch.setattr(runner, "compile_run", lambda *args: compiled)
+    monkeypatch.setattr(runner, "train_epochs", fake_train_epochs(accuracy, raises, trained))

@@ -5,35 +5,23 @@ import numpy as np
 import pytest
 
 from fastcifar_jax.augment import (
-    AlternatingFlip,  # fmt: skip
-    Crop,  # fmt: skip
-    Cutout,  # fmt: skip
-    Flip,  # fmt: skip
-    GroupedSampling,  # fmt: skip
-    IndependentSampling,  # fmt: skip
-    augment,  # fmt: skip
-    normalize,  # fmt: skip
-    plan_epoch,  # fmt: skip
+    AlternatingFlip,
+    Crop,
+    Cutout,
+    Flip,
+    GroupedSampling,
+    IndependentSampling,
+    augment,
+    normalize,
+    plan_epoch,
 )
+from tests.helpers_train import numpy_apply
 
 ALL = (Crop(4), Flip(), Cutout(8))
 
 
 def images_of(num_images, size=32):
     return np.random.default_rng(0).normal(size=(num_images, size, size, 3)).astype(np.float32)
-
-
-def numpy_apply(augmentation, image, option):
-    """One image, written with slices instead of index arithmetic."""
-    if isinstance(augmentation, Crop):
-        p = augmentation.padding
-        (x0, y0), (height, width, _) = option, image.shape
-        return np.pad(image, ((p, p), (p, p), (0, 0)), mode="reflect")[y0 : y0 + height, x0 : x0 + width]
-    if isinstance(augmentation, Flip):
-        return np.fliplr(image) if option else image
-    (x0, y0), out = option, image.copy()
-    out[y0 : y0 + augmentation.size, x0 : x0 + augmentation.size] = 0
-    return out
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ import jax
 import numpy as np
 
 from experiments import bag_of_tricks
+from fastcifar_jax.functions import check_trainable
 from fastcifar_jax.runs import experiments as discover
-from fastcifar_jax.train import check
 from fastcifar_jax.types import Dataset
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
@@ -21,7 +21,7 @@ def test_the_example_trick_fits_real_shapes(tmp_path):
     assert experiment.recipe.name == "my_trick"
     assert experiment.recipe.loss != bag_of_tricks.final.loss
     image, label = jax.ShapeDtypeStruct((600, 32, 32, 3), np.uint8), jax.ShapeDtypeStruct((600,), np.int32)
-    check(experiment.recipe, 10, Dataset(image, label, image, label))
+    check_trainable(experiment.recipe, 10, Dataset(image, label, image, label))
 
 
 def test_nothing_is_left_to_fill_in():

@@ -1,5 +1,6 @@
 """The command line: `main`, and the commands that show what there is."""
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -42,6 +43,8 @@ def main(argv: Sequence[str] | None = None, folder: Path | None = None) -> NoRet
       folder: a package of modules with RECIPES; None for the package `experiments` where it can be imported.
     """
     arguments = tuple(sys.argv[1:] if argv is None else argv)
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("fastcifar_jax").setLevel(logging.INFO)
     program = f"python -m {folder.name if folder else 'fastcifar_jax'}"
     context = CliContext(folder or experiments.default_folder(), arguments)
     try:

@@ -203,7 +203,7 @@ class RunView:
         spec, seed, news = event
         self._label, self._batch_size = f"{spec.arm}, seed {seed}", spec.recipe.batch_size
         self._steps = steps_of_epochs(spec.recipe, spec.data.info.train // self._batch_size)
-        self._began = time.perf_counter()
+        self._began = self._printed = time.perf_counter()
         header = Text(EPOCH_HEADER, style="bold")
         if isinstance(news, EpochInfo):
             if news.epoch == 1 and not seeds:

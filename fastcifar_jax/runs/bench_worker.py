@@ -30,7 +30,7 @@ def prepare_jax(recipe, dataset, num_classes):
     import jax
     import jax.numpy as jnp
 
-    from fastcifar_jax.train import make_functions, shapes_of, zero_totals
+    from fastcifar_jax.functions import make_functions, shapes_of, zero_totals
 
     backend.configure_cpu()
     dataset = jax.device_put(dataset)

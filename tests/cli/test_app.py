@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,6 @@ from fastcifar_jax.ops import backend
 from fastcifar_jax.recipe import change
 from fastcifar_jax.runs import experiments as discover
 from fastcifar_jax.runs import records
-from fastcifar_jax.runs import runner as runs
 from fastcifar_jax.train import Diverged
 from fastcifar_jax.types import EpochInfo
 from tests.helpers_cli import TRICK
@@ -28,7 +28,7 @@ def written(folder="runs"):
 
 def test_run_of_a_file(workplace, call):
     """A real run: record, log, table; then everything is on record."""
-    arguments = ("run", "trick.py", "--data", "tiny.npz", "--seeds", "2", "--driver", "python")
+    arguments = ("run", "trick.py", "--data", "tiny.npz", "--seeds", "2")
     status, out, err = call(*arguments)
     assert (status, err) == (0, "")
     assert out.count("epoch   train s      loss  accuracy      test       TTA  images/s") == 2
@@ -76,7 +76,7 @@ def test_fork_builds_on_an_experiment(workplace, call):
 
 
 def test_diverged_run(workplace, call):
-    arguments = ("run", "trick.py", "--data", "tiny.npz", "--set", "optim.peak_lr=1e38", "--driver", "scan")
+    arguments = ("run", "trick.py", "--data", "tiny.npz", "--set", "optim.peak_lr=1e38")
     status, out, err = call(*arguments)
     assert (status, err) == (1, "") and "trick diverged in epoch" in out and "1 diverged" in out
     [path] = Path("runs").glob("*/*")
@@ -263,7 +263,11 @@ def test_settings_come_before_the_number_of_epochs():
         ("run baseline --width 0", "width is 0"),
         ("run trick.py --dtype float8", "'float8' is not one of 'float32'"),
         ("run trick.py --data tiny.npz --dtype float64", "JAX_ENABLE_X64=1"),
-        ("run trick.py --driver fortran", "'fortran' is not one of 'python', 'scan'"),
+        ("run trick.py --driver scan", "--driver is not used any more; leave it out: there is one training loop now"),
+        ("run trick.py --again", "--again is not used any more; use --rerun"),
+        ("compare final trick.py --until=0.1", "--until is not used any more; use --until-half-width"),
+        ("trade final trick.py", "trade is not used any more; use match-epochs"),
+        ("plot celu --out a.png", "plot celu is not used any more; use plot activations"),
         ("run trick.py --set optim.peek_lr=1", "nearest: optim.peak_lr"),
         ("run trick.py --set optim.peak_lr=fast", "expected float, got 'fast'"),
         ("run trick.py --set optim.peak_lr", "write name=value"),
@@ -307,10 +311,10 @@ def test_list(call):
     assert ["final", "10", "94.1", "%", "TTA", "26", "s", "V100"] in rows
     assert ["pool_before_norm", "24", "94.0", "%", "50"] in rows
     assert ["baseline_e40", "40", "95.18", "%", "TTA", "5", "115.9", "s", "V100"] in rows
-    titles = [row[0] for row in rows if row[0].endswith(":")]
-    assert titles[:-1] == [
-        f"{name}:" for name in "ablation airbench bag_of_tricks convergence transfer quickstart".split()
-    ]
+    titles = lambda out: [line.split(":")[0] for line in out.splitlines() if re.match(r"[a-z_]+: [A-Z]", line)]
+    assert titles(out)[:2] == ["quickstart", "bag_of_tricks"] and "--all shows them" in out
+    every = titles(call("list", "--all")[1])
+    assert set(every) == {*titles(out), "ablation", "transfer"} and not {"ablation", "transfer"} & set(titles(out))
 
 
 def test_show(call):
@@ -319,11 +323,11 @@ def test_show(call):
     rows = [line.split() for line in out.splitlines()]
     assert ["optim.peak_lr", "1.0"] in rows and ["optim.schedule.flat_epochs", "2.0"] in rows
     assert ["num_epochs", "13", "10"] in rows and ["augmentations.2", "Cutout", "None"] in rows
-    assert "6,570,880 trained and 2,969 frozen parameters" in out
+    assert "6,570,880 trained and 2,969 constant parameters" in out
     assert "380,008,448 multiply-accumulates" in out
     assert "94.1 % with TTA, 26 s on one V100" in out
     out = call("show", "baseline")[1]
-    assert "6,573,120 trained and 0 frozen" in out and "379,261,952 multiply" in out and "predecessor" not in out
+    assert "6,573,120 trained and 0 constant" in out and "379,261,952 multiply" in out and "predecessor" not in out
     assert "none in training" in call("show", "tta_13")[1]
 
 

@@ -8,10 +8,9 @@ import jax
 import pytest
 
 from fastcifar_jax.runs import records
-from fastcifar_jax.runs import runner as runs
 from fastcifar_jax.train import Diverged
 from fastcifar_jax.types import EpochInfo
-from tests.helpers_cli import TRICK, fake_make_train
+from tests.helpers_cli import TRICK, fake_train_epochs, pretend_to_train
 
 NOISE = (0.0, 0.002, -0.001, 0.001, -0.002)
 
@@ -26,7 +25,7 @@ def made(workplace, loaded, monkeypatch):
     def accuracy(recipe, seed):
         return 0.90 + 0.005 * (recipe.num_epochs + 1.5 * (recipe.name == "new")) + NOISE[seed % len(NOISE)]
 
-    monkeypatch.setattr(runs, "make_train", fake_make_train(accuracy, {}, made))
+    pretend_to_train(monkeypatch, accuracy, {}, made)
     return made
 
 
@@ -56,7 +55,7 @@ def test_compare_runs_what_is_missing_in_turn_and_then_reads(made, call):
 
 def test_runs_that_diverged_are_counted(made, call, monkeypatch):
     diverged = Diverged("old", (EpochInfo(*[1] * 8),))
-    monkeypatch.setattr(runs, "make_train", fake_make_train(lambda recipe, seed: 0.9, {1: diverged}, made))
+    pretend_to_train(monkeypatch, lambda recipe, seed: 0.9, {1: diverged}, made)
     status, out, _ = call("compare", "old.py", "new.py", "--seeds", "3", "--metric", "train_seconds")
     assert status == 0 and re.search(r"old +8 +2 +1 ", out)
     assert re.search(
@@ -142,14 +141,10 @@ def test_match_epochs_drops_epochs_until_the_gain_is_spent(made, call):
 
 def test_torch_arms_are_kept_apart(made, call, monkeypatch):
     class Twin:
-        @staticmethod
-        def versions():
-            return {"torch": "9"}
-
-        @staticmethod
-        def make_train(recipe, num_classes):
-            train = fake_make_train(lambda recipe, seed: 0.9 + NOISE[seed], {}, made)(recipe, num_classes, None, None)
-            return lambda seed, dataset, *callbacks: train(jax.random.key(seed), dataset, *callbacks)
+        check_trainable = staticmethod(lambda recipe: None)
+        versions = staticmethod(lambda: {"torch": "9"})
+        warm_up = staticmethod(lambda recipe, num_classes, dataset: 1.0)
+        train_epochs = staticmethod(fake_train_epochs(lambda recipe, seed: 0.9 + NOISE[seed], {}, made))
 
     monkeypatch.setattr("fastcifar_jax.cli.options.torch_twin", lambda: Twin)
     status, out, err = call("compare", "old.py", "torch:old.py", "--seeds", "3")

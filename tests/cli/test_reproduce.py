@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from fastcifar_jax.ops import backend
-from fastcifar_jax.runs import records
-from fastcifar_jax.runs import runner as runs
+from fastcifar_jax.runs import records, runner
 from fastcifar_jax.runs.reproduce import BITWISE
 from tests.helpers_records import edit
 
@@ -63,13 +62,13 @@ def test_an_altered_record(made, call):
 
 def test_seed_recipe_and_convolutions_are_those_on_record(made, call, monkeypatch):
     asked = []
-    make_train = runs.make_train
+    train_epochs = runner.train_epochs
 
-    def spy(recipe, *arguments):
+    def spy(recipe, *arguments, **options):
         asked.append((recipe.optim.peak_lr, recipe.num_epochs, backend.conv_backend()[0]))
-        return make_train(recipe, *arguments)
+        return train_epochs(recipe, *arguments, **options)
 
-    monkeypatch.setattr(runs, "make_train", spy)
+    monkeypatch.setattr(runner, "train_epochs", spy)
     monkeypatch.delenv("FASTCIFAR_CONV", raising=False)
     edit(made, conv="lax")
     status, out, _ = call("reproduce", str(made), *BY_FILE)

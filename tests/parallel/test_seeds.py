@@ -18,7 +18,7 @@ from fastcifar_jax.parallel import hosts, seeds
 from fastcifar_jax.parallel.mesh import make_mesh
 from fastcifar_jax.train import Diverged
 from tests.parallel import distributed_worker as worker
-from tests.test_train import DATASET, numbers
+from tests.helpers_train import DATASET, numbers
 
 BOUND = 60  # seconds in which a process must have ended that another left alone; its heartbeat is 10
 START = 300  # seconds for the rest of a child's life

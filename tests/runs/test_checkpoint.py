@@ -15,9 +15,10 @@ from fastcifar_jax.augment import Crop
 from fastcifar_jax.cli import app as cli
 from fastcifar_jax.data.load import load_data
 from fastcifar_jax.evaluate import NoTTA
+from fastcifar_jax.functions import make_functions, shapes_of
 from fastcifar_jax.runs import records
 from fastcifar_jax.runs.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from fastcifar_jax.train import make_functions, make_train, shapes_of
+from fastcifar_jax.train import make_train
 from fastcifar_jax.types import Dataset, EpochInfo, Snapshot, TrainState
 from tests.helpers_records import RECORD, with_changes
 from tests.helpers_runs import ARGUMENTS, leftovers, raises, records_of

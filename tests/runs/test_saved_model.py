@@ -19,13 +19,14 @@ from fastcifar_jax.averaging import Ema
 from fastcifar_jax.cli import app as cli
 from fastcifar_jax.data import load as data
 from fastcifar_jax.evaluate import NoTTA, SixViewTTA, evaluate
+from fastcifar_jax.functions import eval_variables
 from fastcifar_jax.losses import CrossEntropy
 from fastcifar_jax.models.airnet import AirNet
 from fastcifar_jax.models.base import PRECISIONS
 from fastcifar_jax.recipe import Recipe
 from fastcifar_jax.runs import experiments, records
 from fastcifar_jax.runs.saved_model import SavedModel, SavedModelError, load_model, of_run, save_model
-from fastcifar_jax.train import eval_variables, make_train
+from fastcifar_jax.train import make_train
 from fastcifar_jax.types import Dataset
 from tests.helpers_cli import TRICK, train_and_test
 

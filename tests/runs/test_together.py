@@ -1,4 +1,4 @@
-"""`run` with --strategy, --mesh and --distributed, and sweeps, from the command line."""
+"""`run` with --mesh and --distributed, and sweeps, from the command line."""
 
 import os
 import socket
@@ -30,32 +30,19 @@ def alone(workplace, call):
     return written("alone")
 
 
-@pytest.mark.parametrize("strategy", ["map", "vmap"])
-def test_strategies(alone, call, strategy):
-    status, out, err = call(*RUN, "--seeds", "3", "--strategy", strategy)
-    assert (status, err) == (0, "")
-    assert f"trick, seeds 0, 1, 2: {strategy} on 1x1 devices" in out and "trick: n = 3; mean test" in out
-    found = written("runs")
-    assert {record.provenance.mesh for record in found.values()} == {"1x1"}
-    for seed, record in found.items():
-        assert record.recipe_hash == alone[seed].recipe_hash and record.status == "finished"
-        for a, b in zip(record.epochs, alone[seed].epochs, strict=True):
-            assert a[2:] == pytest.approx(b[2:], rel=1e-4)
-    status, out, _ = call(*RUN, "--seeds", "4", "--mesh", "1")
-    assert status == 0 and "3 skipped" in out and "trick, seeds 3: loop on 1x1 devices" in out
-
-
 def test_one_seed_after_another_over_a_mesh_is_bitwise_the_same(alone, call):
     assert call(*RUN, "--seeds", "3", "--mesh", "1x1")[0] == 0
     found = written("runs")
     assert {seed: without_times(found[seed]) for seed in found} == {s: without_times(alone[s]) for s in alone}
+    status, out, _ = call(*RUN, "--seeds", "4", "--mesh", "1")
+    assert status == 0 and "3 skipped" in out and "   seed 3\n" in out
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--mesh", "two"), "'two' is no mesh"),
-        (("--mesh", "2x2x2"), "'2x2x2' is no mesh"),
+        (("--mesh", "two"), "'two' is not a mesh"),
+        (("--mesh", "2x2x2"), "'2x2x2' is not a mesh"),
         (("--mesh", "64"), "a mesh of seed 64 x batch 1 does not fit"),
         (("--mesh", "0"), "a mesh of seed 0 x batch 1 does not fit"),
     ],
@@ -67,17 +54,18 @@ def test_refused(workplace, call, arguments, message):
 
 def test_a_crash_is_on_record_and_a_refusal_is_not(workplace, call, loaded, monkeypatch):
     def fake(error):
-        def train(seeds, dataset, on_seed, on_epoch):
+        def train_seeds(*args):
             raise error
+            yield
 
-        monkeypatch.setattr(together, "make_train_seeds", lambda *args, **kwargs: train)
+        monkeypatch.setattr(together, "train_seeds", train_seeds)
 
     fake(ValueError("no such split"))
-    status, _, err = call(*RUN, "--seeds", "2", "--strategy", "map")
+    status, _, err = call(*RUN, "--seeds", "2", "--mesh", "1")
     assert status == 2 and err == "error: trick: no such split\n" and written("runs") == {}
     fake(RuntimeError("the cat sat"))
     with pytest.raises(RuntimeError, match="the cat sat"):
-        call(*RUN, "--seeds", "2", "--strategy", "map")
+        call(*RUN, "--seeds", "2", "--mesh", "1")
     assert [(r.seed, r.status, r.error) for r in written("runs").values()] == [
         (0, "crashed", "RuntimeError: the cat sat")
     ]
@@ -106,11 +94,11 @@ def test_two_processes(alone, workplace):
     ]
     (out, err), (silence, other_err) = [child.communicate(timeout=240) for child in children]
     assert [child.returncode for child in children] == [0, 0], err + other_err
-    assert "trick, seeds 0, 2: loop on 2x1 devices" in out and "3 of 3 seeds: 3 finished" in out
+    assert "seed 1: test" in out and "on record" in out and "3 of 3 seeds: 3 finished" in out
     assert [line for line in silence.splitlines() if not line.startswith("[Gloo]")] == []
     found = written("first")
     assert {seed: without_times(found[seed]) for seed in found} == {s: without_times(alone[s]) for s in alone}
-    assert [found[seed].mesh for seed in range(3)] == ["2x1", "1x1", "2x1"]
+    assert [found[seed].provenance.mesh for seed in range(3)] == ["2x1", "1x1", "2x1"]
     assert not Path("second").exists()
 
 
