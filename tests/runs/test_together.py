@@ -110,7 +110,7 @@ def test_two_processes(alone, workplace):
     assert [line for line in silence.splitlines() if not line.startswith("[Gloo]")] == []
     found = written("first")
     assert {seed: without_times(found[seed]) for seed in found} == {s: without_times(alone[s]) for s in alone}
-    assert [found[seed].mesh for seed in range(3)] == ["2x1", "1x1", "2x1"]
+    assert [found[seed].provenance.mesh for seed in range(3)] == ["2x1", "1x1", "2x1"]
     assert not Path("second").exists()
 
 
