@@ -23,7 +23,7 @@ def tensorboard(folder: Path) -> Log:
         raise ValueError("--log tensorboard needs tensorboardX; pip install -e '.[tensorboard]'") from error
 
     def log(label: str, row: EpochInfo) -> None:
-        # One writer per epoch, so that an interrupted run leaves nothing open. File names have the time in seconds only.
+        # One writer per epoch, so that an interrupted run leaves nothing open. File names hold only whole seconds.
         place = folder / label.replace("/", "_").replace(":", "_")
         with SummaryWriter(str(place), filename_suffix=f".epoch{row.epoch}") as writer:
             for name in EpochInfo._fields[1:]:
