@@ -12,7 +12,7 @@ import time
 import types
 import typing
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 MAX_BYTES = 16 << 20  # of a JSON file; an epoch of a record takes about 330
 MAX_DEPTH = 50  # of nested lists and objects
@@ -105,7 +105,8 @@ def parse(hint: Any, value: Any, name: str = "") -> Any:
     """A value from a JSON file as an instance of the type `hint`.
 
     Dataclasses, NamedTuples and TypedDicts are made from objects, whose unknown keys are ignored. A null where a float
-    is expected is NaN. `name` says in error messages where the value is.
+    is expected is NaN. For `Annotated[type, schema]` the value must fit `schema`. `name` is the place of the value in
+    error messages.
 
     Raises:
       ValueError: the value does not have the type.
@@ -116,6 +117,8 @@ def parse(hint: Any, value: Any, name: str = "") -> Any:
       ValueError: loss[1] is '2'; expected a number or null
     """
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        return parse(arguments[1], value, name)
     child = lambda key: f"{name}.{key:.40}".lstrip(".")
     if hint is Any or (value is None and types.NoneType in arguments):
         return value
@@ -149,7 +152,7 @@ def parse(hint: Any, value: Any, name: str = "") -> Any:
 @functools.cache
 def _fields(hint):
     """The fields of a dataclass, NamedTuple or TypedDict with their types; {} for other hints."""
-    return typing.get_type_hints(hint) if isinstance(hint, type) else {}
+    return typing.get_type_hints(hint, include_extras=True) if isinstance(hint, type) else {}
 
 
 def _jsonable(value):

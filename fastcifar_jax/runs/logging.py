@@ -1,4 +1,4 @@
-"""Live logging for those who watch their runs in TensorBoard; the records do not need it."""
+"""Live logging to TensorBoard; the records do not need it."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,10 +9,10 @@ Log = Callable[[str, EpochInfo], None]  # (label of the run, row of its epoch ta
 
 
 def tensorboard(folder: Path) -> Log:
-    """Writes each row of an epoch table as scalars, one TensorBoard run for each label.
+    """Writes each row of an epoch table as scalars, one TensorBoard run per label.
 
     Args:
-      folder: gets a folder of event files for each label.
+      folder: gets one folder of event files per label.
 
     Raises:
       ValueError: tensorboardX is not installed.
@@ -23,7 +23,7 @@ def tensorboard(folder: Path) -> Log:
         raise ValueError("--log tensorboard needs tensorboardX; pip install -e '.[tensorboard]'") from error
 
     def log(label: str, row: EpochInfo) -> None:
-        # A writer an epoch: nothing has to be closed when a run is interrupted. Files are named by the second.
+        # One writer per epoch, so that an interrupted run leaves nothing open. File names hold only whole seconds.
         place = folder / label.replace("/", "_").replace(":", "_")
         with SummaryWriter(str(place), filename_suffix=f".epoch{row.epoch}") as writer:
             for name in EpochInfo._fields[1:]:

@@ -8,7 +8,7 @@ import platform
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Annotated, Any, TypedDict
 
 import jax
 
@@ -57,8 +57,8 @@ class Provenance:
       settings: JAX options and environment variables that change numbers; empty where they were not recorded.
     """
 
-    data: Data
-    device: Device
+    data: Annotated[dict[str, Any], Data]
+    device: Annotated[dict[str, Any], Device]
     versions: dict[str, str]
     source_hash: str
     precision: str
@@ -124,7 +124,7 @@ def data_key(provenance: Provenance) -> tuple[str, int, int]:
     return provenance.data["hash"], provenance.data["train"], provenance.data["test"]
 
 
-def device() -> Device:
+def device() -> dict[str, Any]:
     """The machine that JAX computes on."""
     first = jax.devices()[0]
     return {

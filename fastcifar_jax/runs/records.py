@@ -7,7 +7,7 @@ import re
 import typing
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Annotated, Any, Literal, TypedDict
 
 from fastcifar_jax.runs.files import RecordError, dumps, parse, read_json, remove_stale, write_whole
 from fastcifar_jax.runs.provenance import Provenance
@@ -57,7 +57,7 @@ class Record:
     """
 
     experiment: str
-    framework: Literal["jax", "torch"]
+    framework: Annotated[str, Literal["jax", "torch"]]
     recipe: dict[str, Any]
     recipe_repr: str
     recipe_hash: str
@@ -68,7 +68,7 @@ class Record:
     command: tuple[str, ...]
     started: str
     epochs: tuple[EpochInfo, ...]
-    result: Result | None
+    result: Annotated[dict[str, float], Result] | None
 
 
 def path_of(out: Path, framework: str, experiment: str, recipe_hash: str, data_hash: str, seed: int) -> Path:
