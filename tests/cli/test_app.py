@@ -14,7 +14,6 @@ from fastcifar_jax.ops import conv
 from fastcifar_jax.recipe import change
 from fastcifar_jax.runs import experiments as discover
 from fastcifar_jax.runs import records
-from fastcifar_jax.runs import runner as runs
 from fastcifar_jax.train import Diverged
 from fastcifar_jax.types import EpochInfo
 from tests.helpers_cli import TRICK
