@@ -49,7 +49,7 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]
     def load_set(self):
         raise pickle.UnpicklingError("it holds a set; expected plain values and arrays")
 
-    dispatch = pickle._Unpickler.dispatch | {  # type: ignore[attr-defined]
+    dispatch = pickle._Unpickler.dispatch | {  # type: ignore[attr-defined,assignment]
         pickle.DICT[0]: load_dict,
         pickle.SETITEM[0]: load_setitem,
         pickle.SETITEMS[0]: load_setitems,
