@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from fastcifar_jax.tunable import program_key, tunable, with_tunable
+from fastcifar_jax.hparams import hparams, program_key, with_hparams
 
 from fastcifar_jax.augment import IndependentSampling, normalize
 from fastcifar_jax.functions import eval_variables, make_functions
@@ -22,7 +22,8 @@ from fastcifar_jax.optim import AirbenchSGD, Nesterov
 from fastcifar_jax.recipe import Published, Recipe
 from fastcifar_jax.schedules import count_steps
 from fastcifar_jax.train_step import make_train_step
-from fastcifar_jax.types import Batch, TrainState
+from fastcifar_jax.hparams import hparams, program_key, with_hparams
+from fastcifar_jax.types import Batch, TrainState, flatten_by_path
 from tests.reference import problem
 from tests.reference.problem import Case, Trajectory
 
@@ -49,15 +50,9 @@ def fast_jit(f):
     return jax.jit(f, compiler_options=backend.known_options({"xla_cpu_use_fusion_emitters": False}))
 
 
-def joined(path) -> str:
-    """A tree path as "layer1/block/conv/kernel"."""
-    return "/".join(entry.key for entry in path)
-
-
 def flat(*trees) -> dict[str, np.ndarray]:
     """Path -> NumPy array, over nested dicts whose paths differ; leaves masked out by optax are left out."""
-    leaves = (pair for tree in trees for pair in jax.tree_util.tree_leaves_with_path(tree))
-    return {joined(path): np.asarray(x) for path, x in leaves}
+    return {path: np.asarray(x) for tree in trees for path, x in flatten_by_path(tree).items()}
 
 
 class Run(NamedTuple):
@@ -87,16 +82,22 @@ def train_jax(recipe: Recipe, case: Case, from_jax_init: bool = False) -> Run:
             variables = fast_jit(model.init)(jax.random.key(0, impl="rbg"), batches[0].images)
         else:
             shapes = jax.eval_shape(model.init, jax.random.key(0), batches[0].images)
-            paths = {joined(path): x.shape for path, x in jax.tree_util.tree_leaves_with_path(tuple(shapes.values()))}
-            weights = problem.initial_weights(paths)
-            make = lambda path, x: jnp.asarray(weights[joined(path)], x.dtype)
-            variables = {name: jax.tree_util.tree_map_with_path(make, tree) for name, tree in shapes.items()}
+            by_path = {name: flatten_by_path(tree) for name, tree in shapes.items()}
+            weights = problem.initial_weights(
+                {path: x.shape for arrays in by_path.values() for path, x in arrays.items()}
+            )
+            variables = {
+                name: jax.tree.unflatten(
+                    jax.tree.structure(shapes[name]), [jnp.asarray(weights[p], x.dtype) for p, x in arrays.items()]
+                )
+                for name, arrays in by_path.items()
+            }
         params, batch_stats = variables["params"], variables["batch_stats"]
         average = () if recipe.average is None else recipe.average.init({"params": params, "batch_stats": batch_stats})
         opt_state = recipe.optim(recipe.num_epochs, case.steps_per_epoch, case.batch_size).init(params)
         state = TrainState(jnp.int32(0), params, variables["constants"], batch_stats, opt_state, average)
 
-        step = functools.partial(_step_program(_numbers_left_out(recipe), case), recipe.num_epochs, tunable(recipe))
+        step = functools.partial(_step_program(_numbers_left_out(recipe), case), recipe.num_epochs, hparams(recipe))
         functions = make_functions(recipe, problem.NUM_CLASSES, case.steps_per_epoch * case.batch_size)
         run = Run([], [], [], state)
         for index, batch in enumerate(batches, start=1):
@@ -155,7 +156,7 @@ def _step_program(like: _ByKey, case: Case):
     num_steps = count_steps(recipe.num_epochs, case.steps_per_epoch)
 
     def step(num_epochs, values, state, batch):
-        traced = with_tunable(recipe, values)
+        traced = with_hparams(recipe, values)
         num_epochs = num_epochs if isinstance(recipe.optim, Nesterov) else recipe.num_epochs
         tx = traced.optim(num_epochs, case.steps_per_epoch, case.batch_size)
         return make_train_step(model, traced.loss, tx, recipe.average, case.steps_per_epoch, num_steps)(state, batch)
