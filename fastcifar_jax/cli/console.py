@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fastcifar_jax.recipe import Published, Recipe, difference, flatten
+from fastcifar_jax.report.text import device_text, percent, published_percent
 from fastcifar_jax.runs.records import Record
 from fastcifar_jax.train import steps_of_epochs
 from fastcifar_jax.types import EpochInfo
@@ -91,13 +92,6 @@ def published_line(recipe: Recipe) -> str:
     if published.seconds is not None:
         parts.append(f"{published.seconds:g} s on one {published.device}")
     return f"published for {recipe.name}: {', '.join(parts) or 'no figures'} ({published.source})"
-
-
-def device_text(device: dict[str, Any]) -> str:
-    """One line for `Record.device`."""
-    if device["platform"] == "cpu":
-        return f"{device['cpu']}, {device['cores']} core{'s' * (device['cores'] != 1)}"
-    return f"{device['count']} x {device['kind']}"
 
 
 def seed_line(arm: str, record: Record) -> str:
@@ -209,13 +203,3 @@ def make_table(*columns: str | tuple[str, JustifyMethod]) -> Table:
         name, justify = (column, cast(JustifyMethod, "left")) if isinstance(column, str) else column
         table.add_column(name, justify=justify, overflow="fold")
     return table
-
-
-def published_percent(fraction: float) -> str:
-    """A published figure: one decimal, or two where it has them."""
-    return f"{100 * fraction:.2f}".removesuffix("0") + " %"
-
-
-def percent(fraction: float) -> str:
-    """ "94.08 %"."""
-    return f"{100 * fraction:.2f} %"

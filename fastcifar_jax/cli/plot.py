@@ -20,8 +20,9 @@ from fastcifar_jax.models.activations import Celu, Gelu, Relu
 from fastcifar_jax.ops import conv
 from fastcifar_jax.recipe import Recipe, change
 from fastcifar_jax.report import figures as plots
-from fastcifar_jax.report import graph, plot_data
 from fastcifar_jax.report import network as drawing
+from fastcifar_jax.report import plot_data, run_figures
+from fastcifar_jax.report.drawing import render
 from fastcifar_jax.runs import experiments as discover
 from fastcifar_jax.runs import records
 from fastcifar_jax.runs import runner as runs
@@ -29,7 +30,8 @@ from fastcifar_jax.runs.runner import LoadedData
 from fastcifar_jax.train import Diverged
 
 CIFAR10_TRAIN = 50_000  # images
-ALPHAS = (0.075, 0.3)  # of the ladder's CELUs
+ALPHAS = (0.075, 0.3)  # of the CELUs in the ladder
+DEFAULT_RUNS = (Path("runs"),)
 
 
 @click.group()
@@ -91,7 +93,7 @@ def whitening(
 
 @plot.command()
 @out_option
-def celu(out: Path) -> None:
+def activations(out: Path) -> None:
     """The activations of the recipes, and their slopes."""
     celus = {f"CELU, alpha {alpha:g}": Celu(alpha) for alpha in ALPHAS}
     _save(out, plots.activations, {"ReLU": Relu(), **celus, "GELU": Gelu()})
@@ -136,7 +138,6 @@ def bn_dynamics(
 ) -> None:
     """Trains recipe NAME (default: ghost_norm) and shows scales and biases of its norms after each epoch."""
     with usage_errors():
-        plots.new_figure(1, 1)  # nothing is trained where it could not be drawn
         conv.configure_cpu()
     recipe, loaded = _with_data(invocation, name, assignments, data, limit_train, epochs, width)
     records.make_folder(out.parent)
@@ -157,8 +158,8 @@ def bn_dynamics(
 def convergence(paths: Sequence[Path], out: Path) -> None:
     """Accuracy against epochs, from records of runs of several lengths: RUNS are folders or files (default: runs)."""
     with usage_errors():
-        series = plot_data.lengths_of(_finished_arms(paths))
-    _save(out, plots.convergence, series)
+        series = plot_data.lengths_of(plot_data.read_arms(paths or DEFAULT_RUNS))
+    _save(out, run_figures.convergence, series)
 
 
 @plot.command()
@@ -167,8 +168,8 @@ def convergence(paths: Sequence[Path], out: Path) -> None:
 def curves(paths: Sequence[Path], out: Path) -> None:
     """Accuracy and loss by epoch, from records: RUNS are folders or files (default: runs)."""
     with usage_errors():
-        arms = _finished_arms(paths)
-    _save(out, plots.curves, arms)
+        arms = plot_data.read_arms(paths or DEFAULT_RUNS)
+    _save(out, run_figures.curves, arms)
 
 
 @plot.command()
@@ -181,13 +182,8 @@ def network(invocation: CliContext, name: str, width: int | None, assignments: S
     """The network of recipe NAME (default: final) for images of 32x32 and 10 classes."""
     [recipe] = _recipes(invocation, (name,), assignments, None, width)
     with usage_errors(recipe.name):
-        figure = drawing.draw(graph.graph_of(recipe.model(10, "float32")), recipe.name)
-    try:
-        _write(out, drawing.render(figure, out.suffix[1:]))
-    except drawing.NoDot as error:
-        out = out.with_suffix(".dot")
-        _write(out, figure.source.encode())
-        click.echo(f"{error}: where it is, dot -T svg -O {out} draws the picture")
+        layers = drawing.layers_of(recipe.model(10, "float32"), recipe.name)
+    _save(out, drawing.draw, layers, recipe.name)
 
 
 def _recipes(invocation, names, assignments, epochs=None, width=None) -> list[Recipe]:
@@ -207,17 +203,9 @@ def _with_data(invocation, name, assignments, data, limit_train, epochs=None, wi
         return recipe, runs.load_data(source, limit_train, report.make_console())
 
 
-def _finished_arms(paths: Sequence[Path]) -> list[plot_data.Arm]:
-    """Raises ValueError where no run has finished."""
-    arms = plot_data.arms_of(plot_data.read_runs(paths or (Path("runs"),)))
-    if not any(record.status == "finished" for arm in arms for record in arm.records):
-        raise ValueError(f"no run in {', '.join(map(str, paths)) or 'runs'} has finished; there is nothing to draw")
-    return arms
-
-
 def _save(out: Path, figure: Callable, *arguments) -> None:
     with usage_errors():
-        picture = plots.render(figure, *arguments, form=out.suffix[1:])
+        picture = render(figure, *arguments, form=out.suffix[1:])
     _write(out, picture)
 
 

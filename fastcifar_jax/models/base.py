@@ -30,6 +30,17 @@ PRECISIONS = {
 }
 
 
+class LayerInfo(NamedTuple):
+    """A layer of a network, as a drawing shows it."""
+
+    path: tuple[str, ...]  # names of the modules that contain it, and its own
+    type: str  # class of the module
+    detail: str  # for example the size of the kernel
+    shape: tuple[int, ...]  # of the output for one image
+    trained: int  # parameters in it, with those of the layers inside it
+    constants: int  # numbers in the collection "constants", likewise
+
+
 class Model(NamedTuple):
     """A network: pure functions over plain nested dicts of arrays in three collections.
 
@@ -44,6 +55,8 @@ class Model(NamedTuple):
         group `n % num_groups`.
       split: `axis_name -> Model` for devices that each train on their `norm.share_of_batch`, inside `jax.shard_map`
         over a mesh with that axis; None where the network knows no such thing.
+      layers: `(variables, images) -> list[LayerInfo]` in the order of the calls, each before the layers inside it;
+        evaluates shapes only. None for networks that cannot list their layers.
     """
 
     init: Callable[[PRNGKeyArray, Images], Variables]
@@ -52,6 +65,7 @@ class Model(NamedTuple):
     macs: Callable[[Variables, Images | jax.ShapeDtypeStruct], dict[str, Any]]
     num_groups: int = 1
     split: Callable[[str], "Model"] | None = None
+    layers: Callable[[Variables, Images | jax.ShapeDtypeStruct], list[LayerInfo]] | None = None
 
 
 class Network(Protocol):
