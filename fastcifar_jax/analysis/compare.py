@@ -1,15 +1,11 @@
-"""Recipes compared by their records: one honest answer to whether a trick helps, by how much, and how sure that is."""
+"""Records grouped into arms, and arms compared: whether a change helps, by how much, and with what uncertainty."""
 
-import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rich.console import Console
-
 from fastcifar_jax.analysis import stats
-from fastcifar_jax.cli import console as report
 from fastcifar_jax.runs import records
 from fastcifar_jax.runs.records import Record
 
@@ -19,21 +15,28 @@ _ARM = re.compile(r"(?:(?P<framework>jax|torch):)?(?P<experiment>[^@]+)(?:@(?P<p
 
 
 class Arm(NamedTuple):
-    """The records of one side of a comparison, one a seed, in the order of the seeds."""
+    """Runs of one recipe, in one framework, on one data set.
+
+    Attributes:
+      name: shown to the reader.
+      records: one per seed, in the order of the seeds; at least one.
+      repeats: further records of these seeds, which no number is computed from.
+    """
 
     name: str
     records: tuple[Record, ...]
+    repeats: tuple[Record, ...] = ()
 
 
 class CompareOptions(NamedTuple):
-    """What is asked of the arms; accuracies are meant in percentage points.
+    """What to compute; differences of accuracies are in percentage points.
 
     Attributes:
       metric: one of METRICS.
-      threshold: the share of runs at or above it is shown; None for none.
-      equivalence_margin: margin inside which a difference does not matter; None to ask for no verdict.
-      min_effect: a difference that one would like to see, for the number of runs; None for none.
-      against_previous: whether an arm is compared with the one before it, and not with the first.
+      threshold: the share of runs at or above it is computed; None to leave it out.
+      equivalence_margin: the smallest difference that matters; None for no test of equivalence.
+      min_effect: a difference to plan for; None for no number of runs.
+      against_previous: whether each arm is compared with the one before it instead of the first.
       confidence: of the intervals.
     """
 
@@ -51,10 +54,10 @@ def arm_name(framework: str, name: str, assignments: Sequence[str] = ()) -> str:
 
 
 def parse_arm(text: str) -> tuple[str, str, str]:
-    """Framework, experiment and the beginning of the recipe's hash.
+    """Framework, experiment and the first digits of the recipe's hash.
 
     Raises:
-      ValueError: another form.
+      ValueError: text of another form.
 
     Example:
       >>> parse_arm("final"), parse_arm("torch:final@1a2b")
@@ -62,223 +65,202 @@ def parse_arm(text: str) -> tuple[str, str, str]:
     """
     match = _ARM.fullmatch(text)
     if not match:
-        raise ValueError(f"{text!r} is no arm; write an experiment's name, as in final, torch:final or final@1a2b3c")
+        raise ValueError(f"{text!r} is not an arm; give an experiment's name, as in final, torch:final or final@1a2b3c")
     return match["framework"] or "jax", match["experiment"], match["prefix"] or ""
 
 
+def data_key(record: Record) -> tuple[str, int, int]:
+    """Hash and numbers of training and test images: records that differ in it cannot be compared."""
+    return record.data["hash"], record.data["train"], record.data["test"]
+
+
+def data_text(data: dict[str, Any]) -> str:
+    """ "digits, 1,437 training and 360 test images, hash 0123abcd"."""
+    return f"{data['source']}, {data['train']:,} training and {data['test']:,} test images, hash {data['hash'][:8]}"
+
+
+def num_epochs(record: Record) -> float:
+    """Length of a run in epochs; the recipe in a record's file may hold any value."""
+    length = record.recipe.get("num_epochs")
+    return length if isinstance(length, int | float) else len(record.epochs)
+
+
+def group_arms(found: Iterable[Record], order: Sequence[str] = ()) -> list[Arm]:
+    """Records grouped by framework, recipe and data.
+
+    Recipes of one name are told apart by their epochs or, where these are equal too, by their hash ("final, 8 epochs",
+    "final@1a2b3c4d"), and data sets by source and size. Of several records of a seed, a finished one counts before
+    others and a newer one before older ones.
+
+    Args:
+      found: in any order.
+      order: experiments in the order of their arms. Others follow in the order of `found`, arms of one name by epochs.
+    """
+    groups: dict[tuple, list[Record]] = {}
+    for record in found:
+        key = (arm_name(record.framework, record.experiment), record.recipe_hash, data_key(record))
+        groups.setdefault(key, []).append(record)
+    names = list(dict.fromkeys(name for name, *_ in groups))
+    rank = {experiment: i for i, experiment in enumerate(order)}
+
+    def position(item):
+        (name, recipe_hash, data), (first, *_) = item
+        return rank.get(first.experiment, len(rank)), names.index(name), num_epochs(first), recipe_hash, data
+
+    arms = []
+    for (name, recipe_hash, data), group in sorted(groups.items(), key=position):
+        namesakes = {key: same[0] for key, same in groups.items() if key[0] == name}
+        lengths = {key[1]: num_epochs(first) for key, first in namesakes.items()}  # by recipe
+        if len(set(lengths.values())) < len(lengths):
+            name += f"@{recipe_hash[:8]}"
+        elif len(lengths) > 1:
+            name += f", {lengths[recipe_hash]:g} epochs"
+        if len({key[2] for key in namesakes}) > 1:
+            name += " on {source}, {train:,} images".format_map(group[0].data)
+        by_age = sorted(group, key=lambda record: (record.status == "finished", record.started))
+        chosen = {record.seed: record for record in by_age}
+        repeats = tuple(record for record in by_age if record is not chosen[record.seed])
+        arms.append(Arm(name, tuple(chosen[seed] for seed in sorted(chosen)), repeats))
+    return arms
+
+
 def load_arm(out: Path, name: str, **data: Any) -> Arm:
-    """The records of an arm in a folder.
+    """The arm of that name in a folder of records.
 
     Args:
       out: folder of all records.
       name: as `parse_arm` takes it.
-      **data: what the records must say of their data, as in `train=20000`; None for anything.
+      **data: required values of the records' data, as in `train=20000`; None for any.
 
     Raises:
-      ValueError: there are none, or they are of several recipes.
-      RecordError: a file in the folder is no record.
+      ValueError: no records, or those of several recipes or data sets, or two of one run.
+      RecordError: a JSON file in the folder is not a record.
     """
     framework, experiment, prefix = parse_arm(name)
-    found = [
+    arms = group_arms(
         record
         for record in records.find(out, experiment=experiment, framework=framework).values()
         if record.recipe_hash.startswith(prefix)
         and all(value is None or record.data[key] == value for key, value in data.items())
-    ]
-    if not found:
+    )
+    if not arms:
         raise ValueError(f"no record of {name} in {out}; --seeds 5 makes them")
-    by_recipe = {record.recipe_hash: record for record in found}
+    by_recipe = {arm.records[0].recipe_hash: arm.records[0] for arm in arms}
     if len(by_recipe) > 1:
         raise ValueError(
-            f"{out} holds {len(by_recipe)} recipes called {name}: {_describe_difference(by_recipe)}; write one of "
+            f"{out} holds {len(by_recipe)} recipes called {name}: {_describe_difference(by_recipe)}; give one of "
             f"{', '.join(f'{experiment}@{key[:8]}' for key in by_recipe)}"
         )
-    return Arm(name, tuple(sorted(found, key=lambda record: record.seed)))
-
-
-def check_comparable(arms: Sequence[Arm]) -> None:
-    """Whether the arms answer the same question.
-
-    Raises:
-      ValueError: they were trained or tested on different images; the message says what differs.
-    """
-    kinds: dict[tuple, tuple[str, Record]] = {}
-    for arm in arms:
-        for record in arm.records:
-            kinds.setdefault((record.data["hash"], record.data["train"], record.data["test"]), (arm.name, record))
-    if len(kinds) > 1:
-        shown = "; ".join(
-            f"{name}, seed {record.seed}: {record.data['source']}, {record.data['train']:,} training and "
-            f"{record.data['test']:,} test images, hash {record.data['hash'][:8]}"
-            for name, record in kinds.values()
-        )
-        raise ValueError(f"these runs saw different images: {shown}; --allow-different-data compares them nevertheless")
-    for arm in arms:
-        if len({record.seed for record in arm.records}) < len(arm.records):
-            raise ValueError(f"{arm.name} has more than one record of a seed; name its recipe by its hash")
-
-
-def compare(arms: Sequence[Arm], question: CompareOptions) -> dict[str, Any]:
-    """The answer as a JSON object, in percentage points, seconds or images per second.
-
-    A diverged run has no accuracy: it is counted, and the means are of the others.
-
-    Args:
-      arms: at least two.
-      question: what is asked.
-
-    Returns:
-      `{"metric", "confidence", "arms": [...], "differences": [...]}`; the fields are those of the functions of `stats`.
-
-    Raises:
-      ValueError: an arm with fewer than two finished runs.
-    """
-    values = {arm.name: values_of(arm, question.metric) for arm in arms}
-    for name, finished in values.items():
-        if len(finished) < 2:
-            raise ValueError(
-                f"{name} has {len(finished)} finished run; a comparison needs at least 2, better 5 or more"
-            )
-    bases = arms[:-1] if question.against_previous else [arms[0]] * (len(arms) - 1)
-    differences = [
-        _difference(base, arm, values[base.name], values[arm.name], question)
-        for base, arm in zip(bases, arms[1:], strict=True)
-    ]
-    adjusted = stats.holm([difference["p_value"] for difference in differences])
-    for difference, p_value in zip(differences, adjusted, strict=True):
-        difference["p_holm"] = p_value
-    return {
-        "metric": question.metric,
-        "confidence": question.confidence,
-        "threshold": question.threshold,
-        "arms": [_summary(arm, list(values[arm.name].values()), question) for arm in arms],
-        "differences": differences,
-    }
+    if len(arms) > 1:
+        shown = "; ".join(data_text(arm.records[0].data) for arm in arms)
+        raise ValueError(f"{out} holds runs of {name} on different images: {shown}; choose with --data, --limit-train")
+    if repeats := arms[0].repeats:
+        raise ValueError(f"{out} holds more than one record of {name}, seed {repeats[0].seed}; move one away")
+    return arms[0]._replace(name=name)
 
 
 def values_of(arm: Arm, metric: str) -> dict[int, float]:
-    """Seed -> value, for the finished runs."""
+    """Seed -> value, for the finished runs; accuracies in percent."""
     scale = 100 if metric in ACCURACIES else 1
     return {record.seed: scale * record.result[metric] for record in arm.records if record.result}
 
 
-def _summary(arm, values, question):
+def check_comparable(arms: Sequence[Arm]) -> None:
+    """Checks that the arms were trained and tested on the same images.
+
+    Raises:
+      ValueError: they were not; the message names what differs.
+    """
+    kinds: dict[tuple, tuple[str, Record]] = {}
+    for arm in arms:
+        for record in arm.records:
+            kinds.setdefault(data_key(record), (arm.name, record))
+    if len(kinds) > 1:
+        shown = "; ".join(f"{name}, seed {record.seed}: {data_text(record.data)}" for name, record in kinds.values())
+        raise ValueError(f"these runs saw different images: {shown}; --allow-different-data compares them nevertheless")
+
+
+def compare(arms: Sequence[Arm], options: CompareOptions) -> dict[str, Any]:
+    """The comparison as a JSON object; accuracies in percent, differences of them in percentage points.
+
+    A run that diverged or crashed has no accuracy: it is counted, and the means are those of the others.
+
+    Args:
+      arms: at least two.
+      options: what to compute.
+
+    Returns:
+      The options, `arms` and `differences`, with the fields of the tuples of `stats`. Each difference has a `p_value`;
+      corrected for the number of differences, `p_holm`; and by that a `verdict`: "higher", "lower" or "none shown".
+
+    Raises:
+      ValueError: fewer than two finished runs of an arm.
+    """
+    values = [values_of(arm, options.metric) for arm in arms]
+    for arm, finished in zip(arms, values, strict=True):
+        if len(finished) < 2:
+            text = "1 finished run" if finished else "no finished runs"
+            raise ValueError(f"{arm.name} has {text}; a comparison needs at least 2, better 5 or more")
+    bases = range(len(arms) - 1) if options.against_previous else [0] * (len(arms) - 1)
+    differences = [
+        {"of": arms[i].name, "against": arms[base].name, **_difference(values[base], values[i], options)}
+        for i, base in enumerate(bases, start=1)
+    ]
+    for d, p_holm in zip(differences, stats.holm([d["p_value"] for d in differences]), strict=True):
+        shown = p_holm < 1 - options.confidence
+        d |= {"p_holm": p_holm, "verdict": ("higher" if d["estimate"] > 0 else "lower") if shown else "none shown"}
+    summaries = [_summary(arm, list(found.values()), options) for arm, found in zip(arms, values, strict=True)]
+    return {**options._asdict(), "arms": summaries, "differences": differences}
+
+
+def _summary(arm, values, options):
     count = lambda status: sum(record.status == status for record in arm.records)
     first = arm.records[0]
-    seconds = [record.result["train_seconds"] for record in arm.records if record.status == "finished"]
-    threshold = question.threshold
-    summary = stats.summarize(values, None, question.confidence)._asdict()
-    # A run that diverged did not reach the threshold.
-    summary["share"] = None if threshold is None else sum(v >= threshold for v in values) / len(arm.records)
+    seconds = values_of(arm, "train_seconds").values()
+    threshold = options.threshold
     return {
         "name": arm.name,
         "recipe_hash": first.recipe_hash,
         "num_epochs": first.recipe.get("num_epochs"),
         "data": first.data,
-        "device": report.device_text(first.device),
+        "device": first.device,
         "versions": first.versions,
         "seeds": [record.seed for record in arm.records],
         "diverged": count("diverged"),
         "crashed": count("crashed"),
         "mean_train_seconds": sum(seconds) / len(seconds),
-        **summary,
+        "values": values,
+        **stats.summarize(values, options.confidence)._asdict(),
+        # A run that diverged did not reach the threshold.
+        "share": None if threshold is None else sum(value >= threshold for value in values) / len(arm.records),
     }
 
 
-def _difference(base, arm, base_values, arm_values, question):
-    a, b = list(base_values.values()), list(arm_values.values())
-    welch = stats.welch(a, b, question.confidence)
-    common = sorted(base_values.keys() & arm_values.keys())
-    paired = None
+def _difference(base, other, options):
+    """`base` and `other` map seeds to values."""
+    a, b, confidence = list(base.values()), list(other.values()), options.confidence
+    welch, pairs = stats.welch(a, b, confidence), None
+    common = sorted(base.keys() & other.keys())
     if len(common) >= 3:
-        pairs = [[values[seed] for seed in common] for values in (base_values, arm_values)]
-        pairs = stats.paired(*pairs, question.confidence)
-        paired = {**pairs._asdict(), "helps": stats.pairing_helps(welch, pairs)}
+        found = stats.paired([base[seed] for seed in common], [other[seed] for seed in common], confidence)
+        # Of use for planning. To report the narrower interval of the two would be to choose after seeing the data.
+        pairs = {**found._asdict(), "helps": found.high - found.low < welch.high - welch.low}
     sds = [stats.summarize(values).sd for values in (a, b)]
     needed = lambda difference: stats.runs_needed(*sds, difference) if difference and max(sds) > 0 else None
+    margin = options.equivalence_margin
     return {
-        "of": arm.name,
-        "against": base.name,
         **welch._asdict(),
-        "paired": paired,
-        "equivalence": question.equivalence_margin
-        and stats.tost(a, b, question.equivalence_margin, question.confidence)._asdict(),
+        "paired": pairs,
+        "equivalence": margin and stats.tost(a, b, margin, confidence)._asdict(),
         "runs_for_observed": needed(abs(welch.estimate)),
-        "runs_for_min_effect": needed(question.min_effect),
+        "runs_for_min_effect": needed(options.min_effect),
     }
-
-
-def show(answer: dict[str, Any], console: Console) -> None:
-    """The answer as two tables and a sentence a difference."""
-    unit = "points" if answer["metric"] in ACCURACIES else ""
-    level = f"{100 * answer['confidence']:.4g} %"
-    console.print(f"{answer['metric'].replace('_', ' ')}: mean and {level} interval (t) of each arm", soft_wrap=True)
-    share = () if answer["threshold"] is None else ((f">= {answer['threshold']:g}", "right"),)
-    columns = ["epochs", "n", "diverged", "mean", "sd", "interval", "s a run"]
-    table = report.make_table("arm", *((name, "right") for name in columns), *share)
-    for arm in answer["arms"]:
-        table.add_row(
-            arm["name"], str(arm["num_epochs"]), str(arm["n"]), str(arm["diverged"] + arm["crashed"]),
-            f"{arm['mean']:.2f}", f"{arm['sd']:.2f}", f"{arm['low']:.2f} to {arm['high']:.2f}",
-            f"{arm['mean_train_seconds']:.1f}", *([f"{arm['share']:.0%}"] if share else []),
-        )  # fmt: skip
-    console.print(table)
-
-    holm = len(answer["differences"]) > 1
-    columns = ["difference", f"{level} interval (Welch)", "p", *(["p (Holm)"] if holm else []), "g", "r of pairs",
-               "paired interval", "runs for it"]  # fmt: skip
-    table = report.make_table("of", "against", *((name, "right") for name in columns))
-    for d in answer["differences"]:
-        paired = d["paired"]
-        table.add_row(
-            d["of"], d["against"], f"{d['estimate']:+.2f}", f"{d['low']:+.2f} to {d['high']:+.2f}",
-            f"{d['p_value']:.3g}", *([f"{d['p_holm']:.3g}"] if holm else []), f"{d['hedges_g']:+.2f}",
-            _correlation(paired), _interval(paired), f"{d['runs_for_observed'] or ''}",
-        )  # fmt: skip
-    console.print(table)
-    for d in answer["differences"]:
-        console.print(verdict(d, unit, holm), soft_wrap=True)
-    unfinished = sum(arm["diverged"] + arm["crashed"] for arm in answer["arms"])
-    if unfinished:
-        console.print(f"{unfinished} runs have no result; the means are of the others and flatter their arms")
-
-
-def verdict(difference: dict[str, Any], unit: str, holm: bool) -> str:
-    """One sentence for one difference."""
-    d = difference
-    names = f"{d['of']} against {d['against']}"
-    size = f"{d['estimate']:+.2f}{' ' * bool(unit)}{unit} ({d['low']:+.2f} to {d['high']:+.2f})"
-    if d["p_holm" if holm else "p_value"] < 0.05:
-        text = f"{names}: {'higher' if d['estimate'] > 0 else 'lower'}, by {size}"
-    else:
-        text = f"{names}: no difference shown; {size} leaves room for both signs"
-        if holm and not d["low"] <= 0 <= d["high"]:
-            text = f"{names}: not shown once {size} is corrected for the number of comparisons"
-        if d["runs_for_observed"]:
-            text += f"; were it as large as seen, {d['runs_for_observed']:,} runs an arm would show it (80 % power)"
-    if d["equivalence"]:
-        equal = "equivalent" if d["equivalence"]["equivalent"] else "not shown to be equivalent"
-        text += f"; {equal} within {d['equivalence']['margin']:g} (p {d['equivalence']['p_value']:.3g})"
-    if d["runs_for_min_effect"]:
-        text += f"; {d['runs_for_min_effect']:,} runs an arm to see the difference of --min-effect"
-    return text
-
-
-def _correlation(paired):
-    """Empty where there is none: too few pairs, or an arm whose runs are all alike."""
-    return f"{paired['correlation']:+.2f}" if paired and not math.isnan(paired["correlation"]) else ""
-
-
-def _interval(paired):
-    """The interval over pairs, where pairing by seed narrows it."""
-    return f"{paired['low']:+.2f} to {paired['high']:+.2f}" if paired and paired["helps"] else ""
 
 
 def _describe_difference(by_recipe):
-    """What differs between recipes of one name."""
-    keys = {key for record in by_recipe.values() for key in record.recipe}
-    different = [key for key in sorted(keys) if len({str(r.recipe.get(key)) for r in by_recipe.values()}) > 1]
-    return "; ".join(
-        f"@{key[:8]} has " + ", ".join(f"{name} {record.recipe.get(name)}" for name in different[:4])
-        for key, record in by_recipe.items()
-    )
+    """The first four values in which recipes of one name differ."""
+    flat = {key: {name: str(value) for name, value in record.recipe.items()} for key, record in by_recipe.items()}
+    names = sorted(set().union(*flat.values()))
+    different = [name for name in names if len({values.get(name) for values in flat.values()}) > 1][:4]
+    shown = lambda values: ", ".join(f"{name} {values.get(name)}" for name in different)
+    return "; ".join(f"@{key[:8]} has {shown(values)}" for key, values in flat.items())

@@ -1,20 +1,22 @@
-"""The commands that compare recipes."""
+"""The commands that compare recipes, and what they print."""
 
 import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 from rich.console import Console
+from rich.table import Table
 
 from fastcifar_jax.analysis import compare as comparison
-from fastcifar_jax.analysis import match_epochs as matching
 from fastcifar_jax.analysis import stats
 from fastcifar_jax.analysis.compare import ACCURACIES, METRICS, Arm, CompareOptions
+from fastcifar_jax.analysis.match_epochs import equal_epochs
+from fastcifar_jax.analysis.match_epochs import match_epochs as match
 from fastcifar_jax.cli import console as report
 from fastcifar_jax.cli.options import (
     CliContext,
@@ -32,8 +34,12 @@ from fastcifar_jax.runs import records
 from fastcifar_jax.runs import runner as runs
 from fastcifar_jax.runs.records import Record
 
-FIRST_LOOK = 4  # seeds of each arm before the first look of --until-half-width
-BLOCK = 2  # seeds of each arm between two looks
+FIRST_LOOK = 4  # seeds per arm before the first look of --until-half-width
+BLOCK = 2  # seeds per arm between two looks
+UNITS = {"train_seconds": " s", "images_per_second": " images/s"}  # percentage points for the other metrics
+
+Answer = dict[str, Any]  # of `comparison.compare`
+_above_0 = click.FloatRange(0, min_open=True)
 
 
 @click.command()
@@ -42,134 +48,41 @@ BLOCK = 2  # seeds of each arm between two looks
 @run_options
 @click.option("--metric", type=click.Choice(METRICS), default="tta_accuracy", show_default=True)
 @click.option("--threshold", type=float, help="Show the share of runs at or above it, in percent.")
-@click.option(
-    "--equivalence-margin", type=click.FloatRange(0, min_open=True), help="Margin of no consequence, in points."
-)
-@click.option("--min-effect", type=click.FloatRange(0, min_open=True), help="A difference to plan for, in points.")
-@click.option("--against-previous", is_flag=True, help="Each arm against the one before it instead of the first.")
-@click.option(
-    "--until-half-width",
-    type=click.FloatRange(0, min_open=True),
-    help="Run seeds until intervals are +- so many points.",
-)
-@click.option(
-    "--max-seeds", type=click.IntRange(FIRST_LOOK), default=100, show_default=True, help="Of --until-half-width."
-)
+@click.option("--equivalence-margin", type=_above_0, metavar="PP", help="Test whether differences are within +- PP.")
+@click.option("--min-effect", type=_above_0, metavar="PP", help="Show the runs that a difference of this size needs.")
+@click.option("--against-previous", is_flag=True, help="Compare each arm with the one before it, not with the first.")
+@click.option("--until-half-width", type=_above_0, metavar="PP", help="Run seeds until the intervals are +- PP.")
+@click.option("--max-seeds", type=click.IntRange(FIRST_LOOK), default=100, show_default=True, help="Its limit.")
 @click.option("--allow-different-data", is_flag=True, help="Compare runs on different images nevertheless.")
 @json_option
 @click.pass_obj
 def compare(
-    invocation: CliContext,
-    names: tuple[str, ...],
-    seeds: range | None,
-    options: RunOptions,
-    until_half_width: float | None,
-    max_seeds: int,
-    allow_different_data: bool,
-    json_path: Path | None,
-    **question: Any,
+    context: CliContext, names: tuple[str, ...], seeds: range | None, options: RunOptions, **asked: Any
 ) -> None:
-    """Compares arms: means, differences with intervals, and what it would take to know more.
+    """Compares arms: means, differences with intervals, and the number of runs that would show a difference.
 
-    ARM is an experiment (a `*` in it matches several), torch:EXPERIMENT, or EXPERIMENT@HASH where several recipes of
-    that name are on record. Without --seeds or --until-half-width the records under --out are compared; with
-    them, what is missing is run first, the arms in turn.
+    ARM is an experiment (a `*` in it matches several), torch:EXPERIMENT, or EXPERIMENT@HASH where there are records of
+    several recipes of that name. Without --seeds or --until-half-width, the records under --out are compared; with
+    them, missing runs are made first, the arms in alternating order. PP: percentage points.
     """
     console = report.make_console()
-    asked = CompareOptions(**question)
-    if seeds is None and until_half_width is None:
-        with usage_errors():
-            arms = _arms_on_file(invocation, names, options)
-            answer = _answer(arms, asked, allow_different_data, console)
-    else:
-        jobs, driver = make_jobs(invocation, names, options, console)
-        if len(jobs) < 2:
-            raise click.UsageError(f"{', '.join(names)} is one arm; a comparison needs two")
-        with usage_errors():
-            runs.make_folders(jobs.values(), options.out)
-            ended: list[Record] = []
-            make = functools.partial(
-                runs.make_runner,
-                ended=ended,
-                console=console,
-                out=options.out,
-                driver=driver,
-                arguments=invocation.arguments,
-                rerun=options.rerun,
-                checkpoints=options.checkpoint,
-                compiled={},
-            )
-            runners = {name: make(job) for name, job in jobs.items()}
-            if until_half_width is None:
-                answer = _answer(_run(runners, seeds), asked, allow_different_data, console)
+    half_width, max_seeds = asked["until_half_width"], asked["max_seeds"]
+    to_compare = CompareOptions(**{name: asked[name] for name in CompareOptions._fields if name in asked})
+    answer_of = functools.partial(_answer, mixed=asked["allow_different_data"], console=console)
+    with usage_errors():
+        if seeds is None and half_width is None:
+            answer = answer_of(_load_arms(context, names, options), to_compare)
+        else:
+            specs, driver = make_jobs(context, names, options, console)
+            run = functools.partial(_run, options=options, context=context, console=console, driver=driver, compiled={})
+            if len(specs) < 2:
+                raise ValueError(f"{', '.join(names)} is a single arm; a comparison needs two")
+            if half_width is None:
+                answer = answer_of(run(specs, seeds), to_compare)
             else:
-                answer = _compare_until(runners, until_half_width, max_seeds, asked, allow_different_data, console)
-    comparison.show(answer, console)
-    if json_path:
-        records.write_text(json_path, records.dumps(answer))
-
-
-def _run(runners, seeds) -> list[Arm]:
-    return [Arm(name, tuple(ended)) for name, ended in runs.run_in_turn(runners, seeds).items()]
-
-
-def _answer(
-    arms: Sequence[Arm], question: CompareOptions, allow_different_data: bool, console: Console
-) -> dict[str, Any]:
-    """Raises ValueError for arms that cannot be compared."""
-    try:
-        comparison.check_comparable(arms)
-    except ValueError as error:
-        if not allow_different_data:
-            raise
-        console.print(f"warning: {error}", soft_wrap=True)
-    return comparison.compare(arms, question)
-
-
-def _compare_until(runners, half_width, max_seeds, question, allow_different_data, console) -> dict[str, Any]:
-    """Looks after every block, each time at the confidence that leaves the looks together the one asked for."""
-    ended: dict[str, tuple[Record, ...]] = {name: () for name in runners}
-    count = look = 0
-    while True:
-        look += 1
-        seeds = range(count, min(FIRST_LOOK + BLOCK * (look - 1), max_seeds))
-        count = seeds.stop
-        for name, more in runs.run_in_turn(runners, seeds).items():
-            ended[name] += tuple(more)
-        arms = [Arm(name, of_arm) for name, of_arm in ended.items()]
-        level = stats.confidence_at_look(look, question.confidence)
-        answer = _answer(arms, question._replace(confidence=level), allow_different_data, console)
-        widest = max((d["high"] - d["low"]) / 2 for d in answer["differences"])
-        console.print(f"look {look}, {count} seeds an arm: +- {widest:.2f} at {100 * level:.2f} %", soft_wrap=True)
-        if widest <= half_width or count == max_seeds:
-            if widest > half_width:
-                console.print(f"stopped at --max-seeds {max_seeds}, short of +- {half_width:g}")
-            return {**answer, "looks": look, "overall_confidence": question.confidence}
-
-
-def _arms_on_file(invocation: CliContext, names: Sequence[str], options: RunOptions) -> list[Arm]:
-    """Raises ValueError for arms without records or with those of several recipes."""
-    changes = any((options.assignments, options.sweeps, options.epochs, options.width, options.dtype))
-    data = {"source": options.data, "train": options.limit_train}
-    arms = []
-    for text in names:
-        framework, name, prefix = comparison.parse_arm(text)
-        if not changes and "*" not in name:
-            arms.append(comparison.load_arm(options.out, text, **data))
-            continue
-        experiments = discover.resolve((name,), invocation.folder)
-        for experiment, variant in itertools.product(experiments, variants(options.sweeps)):
-            recipe, assignments = experiment.recipe, (*options.assignments, *variant)
-            if changes:
-                recipe = change(recipe, assignments, options.epochs, options.width, options.dtype)
-                prefix = recipe.hash
-            spelling = f"{framework}:{recipe.name}"
-            found = comparison.load_arm(options.out, f"{spelling}@{prefix}" if prefix else spelling, **data)
-            arms.append(found._replace(name=comparison.arm_name(framework, recipe.name, variant)))
-    arms = list({arm.name: arm for arm in arms}.values())
-    if len(arms) < 2:
-        raise ValueError(f"{', '.join(names)} is one arm; a comparison needs two")
-    return arms
+                run_specs = functools.partial(run, specs)
+                answer = _compare_until(half_width, max_seeds, run_specs, answer_of, to_compare, console)
+    _finish(answer, render_comparison(answer), asked["json_path"], console)
 
 
 @click.command("match-epochs")
@@ -182,7 +95,7 @@ def _arms_on_file(invocation: CliContext, names: Sequence[str], options: RunOpti
 @json_option
 @click.pass_obj
 def match_epochs(
-    invocation: CliContext,
+    context: CliContext,
     base: str,
     other: str,
     seeds: range,
@@ -191,41 +104,215 @@ def match_epochs(
     metric: str,
     json_path: Path | None,
 ) -> None:
-    """Spends the gain: drops epochs of OTHER until it is no better than BASE, which keeps its own.
+    """Expresses a gain in epochs: drops epochs of OTHER until it is no better than BASE, which keeps its own.
 
     --epochs is the number of epochs of BASE and the first of OTHER.
     """
     console = report.make_console()
-    jobs, driver = make_jobs(invocation, (base, other), options, console)
-    if len(jobs) != 2:
-        raise click.UsageError(f"{base} and {other} stand for {len(jobs)} recipes; give two")
-    runs.make_folders(jobs.values(), options.out)
-    ended: list[Record] = []
+    specs, driver = make_jobs(context, (base, other), options, console)
+    run = functools.partial(_run, options=options, context=context, console=console, driver=driver, compiled={})
+    if len(specs) != 2:
+        raise click.UsageError(f"{base} and {other} stand for {len(specs)} recipes; give two")
+    (base_name, base_spec), (name, spec) = specs.items()
 
-    def arm_of(name, job):
-        job = job._replace(arm=name)
-        make = functools.partial(runs.make_runner, rerun=options.rerun, checkpoints=options.checkpoint)
-        runner = make(job, ended, console, options.out, driver, invocation.arguments)
-        return Arm(name, tuple(map(runner, seeds)))
-
-    (base_name, base_job), (name, job) = jobs.items()
-
-    def falling() -> Iterator[tuple[int | float, Arm]]:
-        for most in range(math.ceil(job.recipe.num_epochs), 0, -step):
+    def shorter() -> Iterator[Arm]:
+        for most in range(math.ceil(spec.recipe.num_epochs), 0, -step):
             try:
-                recipe = dataclasses.replace(job.recipe, num_epochs=min(most, job.recipe.num_epochs))  # 9.9, then 9
+                recipe = dataclasses.replace(spec.recipe, num_epochs=min(most, spec.recipe.num_epochs))  # 9.9, then 9
             except ValueError as error:
                 console.print(f"no run of {most} epochs: {error}", soft_wrap=True)
                 return
-            yield (
-                recipe.num_epochs,
-                arm_of(f"{name}, {recipe.num_epochs} epochs", job._replace(recipe=recipe, matches_published=False)),
-            )
+            label = f"{name}, {recipe.num_epochs} epochs"
+            yield from run({label: spec._replace(arm=label, recipe=recipe, matches_published=False)}, seeds)
 
     with usage_errors():
-        question = CompareOptions(metric=metric)
-        on_row = lambda row: console.print(comparison.verdict(row["difference"], "points", False), soft_wrap=True)
-        found = matching.match_epochs(arm_of(base_name, base_job), falling(), question, on_row)
-    matching.show(found, console)
+        [base_arm] = run({base_name: base_spec}, seeds)
+        for answer in match(base_arm, shorter(), CompareOptions(metric=metric)):
+            last = answer["differences"][-1]
+            console.print(f"{last['of']} against {base_name}: {_size(last, answer)}", soft_wrap=True)
+    equal = equal_epochs(answer)
+    parts = (*render_comparison(answer), equal_text(answer, equal, name))
+    _finish({**answer, "equal": equal and equal._asdict()}, parts, json_path, console)
+
+
+def _run(specs, seeds, options, context, console, driver, compiled) -> list[Arm]:
+    """The runs of some recipes, seed by seed in alternating order; those on record are not repeated."""
+    runs.make_folders(specs.values(), options.out)
+    make = functools.partial(
+        runs.make_runner,
+        ended=[],
+        console=console,
+        out=options.out,
+        driver=driver,
+        arguments=context.arguments,
+        rerun=options.rerun,
+        checkpoints=options.checkpoint,
+        compiled=compiled,
+    )
+    found = runs.run_in_turn({name: make(spec) for name, spec in specs.items()}, seeds)
+    return [Arm(name, tuple(of_arm)) for name, of_arm in found.items()]
+
+
+def _answer(arms: Sequence[Arm], options: CompareOptions, mixed: bool, console: Console) -> Answer:
+    """Raises ValueError for arms that cannot be compared, and for those on different data unless `mixed`."""
+    try:
+        comparison.check_comparable(arms)
+    except ValueError as error:
+        if not mixed:
+            raise
+        console.print(f"warning: {error}", soft_wrap=True)
+    return comparison.compare(arms, options)
+
+
+def _compare_until(
+    half_width: float,
+    max_seeds: int,
+    run: Callable[[Iterable[int]], list[Arm]],
+    answer_of: Callable[[Sequence[Arm], CompareOptions], Answer],
+    options: CompareOptions,
+    console: Console,
+) -> Answer:
+    """Compares after each block of seeds, so that the intervals of all looks hold together at `options.confidence`."""
+    found: dict[str, tuple[Record, ...]] = {}
+    count = 0
+    for look in itertools.count(1):
+        seeds = range(count, min(FIRST_LOOK + BLOCK * (look - 1), max_seeds))
+        found = {arm.name: found.get(arm.name, ()) + arm.records for arm in run(seeds)}
+        count, level = seeds.stop, stats.confidence_at_look(look, options.confidence)
+        answer = answer_of([Arm(*item) for item in found.items()], options._replace(confidence=level))
+        widest = max((d["high"] - d["low"]) / 2 for d in answer["differences"])
+        console.print(f"look {look}, {count} seeds per arm: +- {widest:.2f} at {100 * level:.2f} %", soft_wrap=True)
+        if widest <= half_width or count == max_seeds:
+            break
+    if widest > half_width:
+        console.print(f"stopped at --max-seeds {max_seeds}, before the intervals were +- {half_width:g}")
+    return {**answer, "looks": look, "overall_confidence": options.confidence}
+
+
+def _load_arms(context: CliContext, names: Sequence[str], options: RunOptions) -> list[Arm]:
+    """The arms on record. Raises ValueError for arms without records or with those of several recipes."""
+    changes = any((options.assignments, options.sweeps, options.epochs, options.width, options.dtype))
+    load = functools.partial(comparison.load_arm, options.out, source=options.data, train=options.limit_train)
+    arms: dict[str, Arm] = {}
+    for text in names:
+        framework, name, prefix = comparison.parse_arm(text)
+        if not changes and "*" not in name:
+            arms[text] = load(text)
+            continue
+        experiments = discover.resolve((name,), context.folder)
+        for experiment, variant in itertools.product(experiments, variants(options.sweeps)):
+            recipe, assignments = experiment.recipe, (*options.assignments, *variant)
+            if changes:
+                recipe = change(recipe, assignments, options.epochs, options.width, options.dtype)
+                prefix = recipe.hash
+            arm = comparison.arm_name(framework, recipe.name, variant)
+            arms[arm] = load(f"{framework}:{recipe.name}" + f"@{prefix}" * bool(prefix))._replace(name=arm)
+    if len(arms) < 2:
+        raise ValueError(f"{', '.join(names)} is a single arm; a comparison needs two")
+    return list(arms.values())
+
+
+def _finish(found: Answer, parts: Iterable[str | Table], json_path: Path | None, console: Console) -> None:
+    for part in parts:
+        console.print(part, soft_wrap=isinstance(part, str))
     if json_path:
         records.write_text(json_path, records.dumps(found))
+
+
+def render_comparison(answer: Answer) -> Iterator[str | Table]:
+    """The arms and the differences as tables, where the runs were made, and a sentence per difference."""
+    level, unit = _level(answer), _unit(answer).strip()
+    yield f"{answer['metric'].replace('_', ' ')}: mean and {level} interval (t) of each arm"
+    share = () if answer["threshold"] is None else (f">= {answer['threshold']:g}",)
+    table = _table(("arm",), ("epochs", "n", "unfinished", "mean", "sd", "interval", "s per run", *share))
+    for arm in answer["arms"]:
+        table.add_row(
+            arm["name"], str(arm["num_epochs"]), str(arm["n"]), str(arm["diverged"] + arm["crashed"]),
+            f"{arm['mean']:.2f}", f"{arm['sd']:.2f}", _interval(arm, ".2f"),
+            f"{arm['mean_train_seconds']:.1f}", *([f"{arm['share']:.0%}"] if share else []),
+        )  # fmt: skip
+    yield table
+    yield from dict.fromkeys(_made_on(arm) for arm in answer["arms"])
+
+    holm = ("p (Holm)",) if len(answer["differences"]) > 1 else ()
+    columns = (f"difference ({unit})", f"{level} interval (Welch)", "p", *holm, "g", "r of pairs", "paired interval")
+    table = _table(("of", "against"), (*columns, "runs per arm to show it"))
+    for d in answer["differences"]:
+        pairs = d["paired"]
+        # Empty where there is none: too few pairs, or an arm of equal runs.
+        correlation = f"{pairs['correlation']:+.2f}" if pairs and not math.isnan(pairs["correlation"]) else ""
+        table.add_row(
+            d["of"], d["against"], f"{d['estimate']:+.2f}", _interval(d),
+            f"{d['p_value']:.3g}", *([f"{d['p_holm']:.3g}"] if holm else []), f"{d['hedges_g']:+.2f}",
+            correlation, _interval(pairs) if pairs and pairs["helps"] else "",
+            f"{d['runs_for_observed']:,}" if d["runs_for_observed"] else "",
+        )  # fmt: skip
+    yield table
+    for d in answer["differences"]:
+        yield verdict_text(d, answer)
+    if unfinished := sum(arm["diverged"] + arm["crashed"] for arm in answer["arms"]):
+        yield f"{unfinished} runs did not finish; the means are of the others, and too favourable to their arms"
+
+
+def equal_text(answer: Answer, equal: stats.Crossing | None, name: str) -> str:
+    """The number of epochs at which the recipe `name`, shortened, equals the first arm."""
+    base, *others = answer["arms"]
+    epochs = [arm["num_epochs"] for arm in others]
+    if equal is None:
+        better = "better" if answer["differences"][0]["estimate"] > 0 else "not better"
+        return f"{name} at {epochs[0]} epochs is {better} than {base['name']}; no other number of epochs was tried"
+
+    def text(value):
+        if math.isinf(value):  # outside what was tried
+            return f"more than {max(epochs)}" if value > 0 else f"at most {min(epochs)}"
+        return f"{value:.1f}"
+
+    bounds = f"{_level(answer)} bootstrap interval {text(equal.low)} to {text(equal.high)}"
+    return f"{name} equals {base['name']} at {text(equal.value)} epochs ({bounds})"
+
+
+def verdict_text(d: dict[str, Any], answer: Answer) -> str:
+    """One sentence for one difference of an answer."""
+    unit, runs_text = _unit(answer), "{:,} runs per arm (80 % power)".format
+    text = f"{d['of']} against {d['against']}: "
+    size = _size(d, answer)
+    if d["verdict"] == "none shown":
+        several = f" after correction for {len(answer['differences'])} comparisons"
+        excludes_0 = not d["low"] <= 0 <= d["high"]
+        text += f"no difference shown{several if excludes_0 else ''}: {size}"
+        if d["runs_for_observed"]:
+            text += f"; to show a difference of this size would take {runs_text(d['runs_for_observed'])}"
+    else:
+        text += f"{d['verdict']}, by {size}"
+    if d["equivalence"]:
+        equal = "equivalent" if d["equivalence"]["equivalent"] else "not shown to be equivalent"
+        text += f"; {equal} within +- {answer['equivalence_margin']:g}{unit} (p {d['equivalence']['p_value']:.3g})"
+    if d["runs_for_min_effect"]:
+        text += f"; to show {answer['min_effect']:g}{unit} would take {runs_text(d['runs_for_min_effect'])}"
+    return text
+
+
+def _table(left: Sequence[str], right: Sequence[str]) -> Table:
+    return report.make_table(*left, *((name, "right") for name in right))
+
+
+def _size(d: dict[str, Any], answer: Answer) -> str:
+    return f"{d['estimate']:+.2f}{_unit(answer)} ({_interval(d)})"
+
+
+def _interval(found: dict[str, Any], form: str = "+.2f") -> str:
+    return f"{found['low']:{form}} to {found['high']:{form}}"
+
+
+def _level(answer: Answer) -> str:
+    return f"{100 * answer['confidence']:.4g} %"
+
+
+def _unit(answer: Answer) -> str:
+    return UNITS.get(answer["metric"], " pp")
+
+
+def _made_on(arm: dict[str, Any]) -> str:
+    """ "digits, 1,437 training and 360 test images; 2-core CPU; python 3.11, jax 0.10.2"."""
+    versions = ", ".join(f"{name} {version}" for name, version in arm["versions"].items())
+    return f"{comparison.data_text(arm['data'])}; {report.device_text(arm['device'])}; {versions}"
