@@ -1,4 +1,4 @@
-"""The command that draws: plots of recipes, of records, and of the networks."""
+"""The command `plot`: figures of recipes, records and networks."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -19,10 +19,9 @@ from fastcifar_jax.cli.options import (
 from fastcifar_jax.models.activations import Celu, Gelu, Relu
 from fastcifar_jax.ops import conv
 from fastcifar_jax.recipe import Recipe, change
-from fastcifar_jax.report import figures as plots
-from fastcifar_jax.report import network as drawing
-from fastcifar_jax.report import plot_data, run_figures
+from fastcifar_jax.report import figures, plot_data, run_figures
 from fastcifar_jax.report.drawing import render
+from fastcifar_jax.report.network import draw, layers_of
 from fastcifar_jax.runs import experiments as discover
 from fastcifar_jax.runs import records
 from fastcifar_jax.runs import runner as runs
@@ -36,7 +35,7 @@ DEFAULT_RUNS = (Path("runs"),)
 
 @click.group()
 def plot() -> None:
-    """Draws pictures of recipes and records, as PNG or SVG."""
+    """Draws figures of recipes, records and networks, as PNG or SVG."""
 
 
 def _form(context: click.Context, parameter: click.Parameter, value: Path) -> Path:
@@ -66,7 +65,7 @@ def augmentations(
     with usage_errors(recipe.name):
         pictures = plot_data.augmented(recipe, loaded.dataset, count, epochs)
     titles = [loaded.info.classes[label] for label in loaded.dataset.train_labels[:count]]
-    _save(out, plots.augmentations, loaded.dataset.train_images[:count], pictures, epochs, titles)
+    _save(out, figures.augmentations, loaded.dataset.train_images[:count], pictures, epochs, titles)
 
 
 @plot.command()
@@ -88,7 +87,7 @@ def whitening(
 ) -> None:
     """The eigenvectors of image patches, from the images that recipe NAME (default: final) starts with."""
     recipe, loaded = _with_data(invocation, name, assignments, data, limit_train)
-    _save(out, plots.whitening, plot_data.eigen_patches(recipe, loaded.dataset, patch), recipe)
+    _save(out, figures.whitening, plot_data.eigen_patches(recipe, loaded.dataset, patch), recipe)
 
 
 @plot.command()
@@ -96,7 +95,13 @@ def whitening(
 def activations(out: Path) -> None:
     """The activations of the recipes, and their slopes."""
     celus = {f"CELU, alpha {alpha:g}": Celu(alpha) for alpha in ALPHAS}
-    _save(out, plots.activations, {"ReLU": Relu(), **celus, "GELU": Gelu()})
+    _save(out, figures.activations, {"ReLU": Relu(), **celus, "GELU": Gelu()})
+
+
+@plot.command(hidden=True, context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
+def celu() -> None:
+    """The former name of `activations`."""
+    raise click.UsageError("plot celu is now plot activations")
 
 
 @plot.command()
@@ -114,7 +119,7 @@ def schedule(
         with usage_errors():
             steps_per_epoch = CIFAR10_TRAIN // recipe.batch_size
             rates[recipe.name] = plot_data.learning_rates(recipe, max(1, steps_per_epoch))
-    _save(out, plots.schedules, rates)
+    _save(out, figures.schedules, rates)
 
 
 @plot.command("bn-dynamics")
@@ -149,7 +154,7 @@ def bn_dynamics(
     except Diverged as error:
         raise click.ClickException(str(error)) from error
     title = f"{recipe.name}: the first 8 channels of each norm, {loaded.info.source}, seed 0"
-    _save(out, plots.norms, history, title)
+    _save(out, figures.norms, history, title)
 
 
 @plot.command()
@@ -181,9 +186,9 @@ def curves(paths: Sequence[Path], out: Path) -> None:
 def network(invocation: CliContext, name: str, width: int | None, assignments: Sequence[str], out: Path) -> None:
     """The network of recipe NAME (default: final) for images of 32x32 and 10 classes."""
     [recipe] = _recipes(invocation, (name,), assignments, None, width)
-    with usage_errors(recipe.name):
-        layers = drawing.layers_of(recipe.model(10, "float32"), recipe.name)
-    _save(out, drawing.draw, layers, recipe.name)
+    with usage_errors():
+        layers = layers_of(recipe.model(10, "float32"), recipe.name)
+    _save(out, draw, layers, recipe.name)
 
 
 def _recipes(invocation, names, assignments, epochs=None, width=None) -> list[Recipe]:
@@ -204,11 +209,5 @@ def _with_data(invocation, name, assignments, data, limit_train, epochs=None, wi
 
 
 def _save(out: Path, figure: Callable, *arguments) -> None:
-    with usage_errors():
-        picture = render(figure, *arguments, form=out.suffix[1:])
-    _write(out, picture)
-
-
-def _write(out: Path, picture: bytes) -> None:
-    records.write_bytes(out, picture)
+    records.write_bytes(out, render(figure, *arguments, form=out.suffix[1:]))
     click.echo(f"wrote {out}")

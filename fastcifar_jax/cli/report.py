@@ -7,6 +7,7 @@ import click
 from fastcifar_jax.cli.options import CliContext, usage_errors
 from fastcifar_jax.report import html as page
 from fastcifar_jax.report import tables
+from fastcifar_jax.report.text import counted
 from fastcifar_jax.runs import experiments as discover
 from fastcifar_jax.runs import records
 
@@ -46,15 +47,15 @@ def report_command(
         experiments = []
     if markdown_path and markdown_path.resolve() == out.resolve():
         raise click.UsageError(f"--out and --markdown are both {out}; give two files")
-    groups = tables.grouped(found, experiments)
-    names = [group.arm.name for group in groups]
+    arms = tables.arms_of(found, experiments)
+    names = [arm.name for arm in arms]
     if against is not None and against not in names:
         raise click.UsageError(f"--against {against} is not an arm of these records; choose one of {', '.join(names)}")
-    differences = tables.differences(groups, against, against_previous)
-    ladder = tables.ladder(groups, experiments, show_all)
-    records.write_text(out, page.html(groups, ladder, differences))
-    click.echo(f"{len(found)} records of {len(groups)} arms; page in {out}")
+    differences = tables.differences(arms, against, against_previous)
+    ladder = tables.ladder(arms, experiments, show_all)
+    records.write_text(out, page.html(arms, ladder, differences))
+    click.echo(f"{counted(len(found), 'record')} of {counted(len(arms), 'arm')}; page in {out}")
     if markdown_path:
-        shown = [*ladder, *differences, *tables.run_tables(groups)]
+        shown = [*ladder, *differences, *tables.run_tables(arms)]
         records.write_text(markdown_path, tables.markdown(shown))
         click.echo(f"tables in {markdown_path}")

@@ -2,40 +2,32 @@
 
 import re
 from collections.abc import Iterator, Sequence
+from itertools import starmap
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jinja2
-from markupsafe import Markup
 
 from fastcifar_jax import __version__
+from fastcifar_jax.analysis import stats
+from fastcifar_jax.analysis.compare import Arm, data_key
 from fastcifar_jax.report import run_figures, tables
 from fastcifar_jax.report.drawing import inline_svg
 from fastcifar_jax.report.plot_data import Curves
 from fastcifar_jax.report.run_figures import Numbered
-from fastcifar_jax.report.tables import ArmRuns, Table, measured, of_100, status_counts
-from fastcifar_jax.report.text import clean, data_text, device_text, seconds
+from fastcifar_jax.report.tables import Table, measured, of_100, status_counts
+from fastcifar_jax.report.text import clean, counted, data_text, device_text, seconds
 
 
-class DataSection(NamedTuple):
-    """What the page shows of the arms with the same data."""
-
-    data: str
-    devices: list[str]
-    curves: list[tuple[str, Markup | None]]  # caption and figure of each arm
-    seeds: Markup | None  # None if no run has finished, as the next
-    time: Markup | None
-
-
-def html(groups: Sequence[ArmRuns], ladder: Sequence[Table], differences: Sequence[Table]) -> str:
+def html(arms: Sequence[Arm], ladder: Sequence[Table], differences: Sequence[Table]) -> str:
     """The page.
 
     Args:
-      groups: from `tables.grouped`; at least one.
+      arms: from `tables.arms_of`; at least one.
       ladder: from `tables.ladder`.
       differences: from `tables.differences`.
     """
-    found = [record for group in groups for record in (*group.arm.records, *group.repeats)]
+    found = [record for arm in arms for record in (*arm.records, *arm.repeats)]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -47,40 +39,43 @@ def html(groups: Sequence[ArmRuns], ladder: Sequence[Table], differences: Sequen
     environment.filters |= {"clean": clean, "nobreak": lambda text: re.sub(r" (?!\()", "\u00a0", text)}
     return environment.get_template("page.html").render(
         version=__version__,
-        counts=f"{len(found)} records of {len(groups)} arms: {status_counts(found)}",
+        counts=f"{counted(len(found), 'record')} of {counted(len(arms), 'arm')}: {status_counts(found)}",
         newest=max(clean(record.started) for record in found),
-        repeats=sum(len(group.repeats) for group in groups),
+        repeats=sum(len(arm.repeats) for arm in arms),
         ladder=ladder,
         differences=differences,
-        sections=list(_sections(groups)),
-        runs=tables.run_tables(groups),
+        sections=list(_sections(arms)),
+        runs=tables.run_tables(arms),
     )
 
 
-def _sections(groups: Sequence[ArmRuns]) -> Iterator[DataSection]:
-    """One per data set, in the order of the arms, which have the same numbers everywhere."""
-    by_data: dict[tuple, list[tuple[int, Any]]] = {}
-    for number, group in enumerate(groups, 1):
-        by_data.setdefault(group.data, []).append((number, group.arm))
-    for i, arms in enumerate(by_data.values()):
-        records = [record for _, arm in arms for record in arm.records]
-        drawn = zip(arms, run_figures.arm_curves(arm for _, arm in arms), strict=True)
-        curves = [_curves(number, arm, found) for (number, arm), found in drawn]
+def _sections(arms: Sequence[Arm]) -> Iterator[dict[str, Any]]:
+    """The figures of each data set; the numbers of the arms are the same everywhere."""
+    by_data: dict[tuple, list[tuple[int, Arm]]] = {}
+    for number, arm in enumerate(arms, 1):
+        by_data.setdefault(data_key(arm.records[0]), []).append((number, arm))
+    for i, alike in enumerate(by_data.values()):
+        records = [record for _, arm in alike for record in arm.records]
+        found = [run_figures.arm_curves(arm) for _, arm in alike]
+        limits = run_figures.limits_of(found)
         data = data_text(records[0].data)
-        devices = list(dict.fromkeys(clean(device_text(record.device)) for record in records))
-        finished = [(number, arm) for number, arm in arms if all(_summaries(arm))]
-        both = _over_seeds(i, data, finished) if finished else (None, None)
-        yield DataSection(data, devices, curves, *both)
+        finished = [(number, arm) for number, arm in alike if run_figures.time_and_accuracy(arm)]
+        yield {
+            "data": data,
+            "devices": list(dict.fromkeys(device_text(record.device) for record in records)),
+            "curves": [_curves(*numbered, shown, limits) for numbered, shown in zip(alike, found, strict=True)],
+            **(_over_seeds(i, data, finished) if finished else {"seeds": "", "time": ""}),
+        }
 
 
-def _curves(number: int, arm: tables.Arm, found: run_figures.ArmCurves) -> tuple[str, Markup | None]:
+def _curves(number: int, arm: Arm, shown: run_figures.ArmCurves, limits: dict) -> tuple[str, str]:
+    """Caption and figure."""
     caption = f"{number} {arm.name}: {status_counts(arm.records)}"
-    if not found.shown:
-        return f"{caption}; no accuracy or loss to draw", None
-    lines = [(f"{part} {quantity}", line) for quantity, both in found.shown.items() for part, line in both.items()]
-    ids = {"name": f"curves-{number}", "title": f"Accuracy and loss by epoch, {arm.name}"}
-    description = " ".join(_described(name, line) for name, line in lines)
-    return caption, Markup(inline_svg(run_figures.curves_by_epoch, found, **ids, description=description))
+    if not shown:
+        return f"{caption}; no accuracy or loss to draw", ""
+    lines = [(f"{part} {quantity}", line) for quantity, both in shown.items() for part, line in both.items()]
+    texts = {"title": f"Accuracy and loss by epoch, {arm.name}", "description": " ".join(starmap(_described, lines))}
+    return caption, inline_svg(run_figures.curves_by_epoch, shown, limits, name=f"curves-{number}", **texts)
 
 
 def _described(name: str, line: Curves) -> str:
@@ -90,17 +85,16 @@ def _described(name: str, line: Curves) -> str:
     return f"{name.capitalize()}: {start:.4g} after epoch {first}, {end:.4g} after epoch {last}, on average."
 
 
-def _summaries(arm):
-    return [tables.summarize(arm, metric) for metric in ("train_seconds", "tta_accuracy")]
-
-
-def _over_seeds(i: int, data: str, arms: Numbered) -> Iterator[Markup]:
+def _over_seeds(i: int, data: str, arms: Numbered) -> dict[str, str]:
     """The figures of accuracy over seeds and of time against accuracy."""
-    shown = [(f"{number} {arm.name}", *_summaries(arm)) for number, arm in arms]
+    summaries = lambda arm: map(stats.summarize, zip(*run_figures.time_and_accuracy(arm), strict=True))
+    shown = [(f"{number} {arm.name}", *summaries(arm)) for number, arm in arms]
     seeds = " ".join(f"{name}: {measured(accuracy, of_100)}, n = {accuracy.n}." for name, _, accuracy in shown)
     time = " ".join(f"{name}: {seconds(time.mean)}, {of_100(accuracy.mean)}." for name, time, accuracy in shown)
-    for name, title, plot, description in (
-        ("seeds", "Accuracy over seeds", run_figures.accuracy_over_seeds, seeds),
-        ("time", "Training time against accuracy", run_figures.time_against_accuracy, time),
-    ):
-        yield Markup(inline_svg(plot, arms, name=f"{name}-{i}", title=f"{title}, {data}", description=description))
+    draw = lambda name, plot, title, description: inline_svg(
+        plot, arms, name=f"{name}-{i}", title=f"{title}, {data}", description=description
+    )
+    return {
+        "seeds": draw("seeds", run_figures.accuracy_over_seeds, "Accuracy over seeds", seeds),
+        "time": draw("time", run_figures.time_against_accuracy, "Training time against accuracy", time),
+    }

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fastcifar_jax.analysis.compare import Arm, arm_name
+from fastcifar_jax.analysis.compare import Arm, arm_name, data_key, num_epochs
 from fastcifar_jax.augment import augment, normalize, plan_epoch
 from fastcifar_jax.models.whitening import patch_moments
 from fastcifar_jax.recipe import Recipe
-from fastcifar_jax.report.tables import MAX_VALUE, data_key, grouped, plausible
+from fastcifar_jax.report.tables import MAX_VALUE, arms_of, plausible
 from fastcifar_jax.report.text import data_text
 from fastcifar_jax.runs import records
 from fastcifar_jax.runs.records import Record
@@ -153,7 +153,7 @@ def read_arms(paths: Sequence[Path]) -> list[Arm]:
         raise ValueError(f"these runs saw different images: {'; '.join(data.values())}; name runs on the same data")
     if not any(record.status == "finished" for record in found):
         raise ValueError(f"no run in {', '.join(map(str, paths))} has finished; there is nothing to draw")
-    return [group.arm for group in grouped(found, ())]
+    return arms_of(found)
 
 
 def lengths_of(arms: Iterable[Arm]) -> dict[str, dict[float, Arm]]:
@@ -170,8 +170,7 @@ def lengths_of(arms: Iterable[Arm]) -> dict[str, dict[float, Arm]]:
         first = arm.records[0]
         fixed = {k: v for k, v in first.recipe.items() if k != "num_epochs" and not k.startswith("optim.schedule")}
         lengths = alike.setdefault(repr((first.framework, sorted(fixed.items()))), {})
-        epochs = first.recipe.get("num_epochs")
-        epochs = epochs if isinstance(epochs, int | float) else len(first.epochs)  # a record may contain anything
+        epochs = num_epochs(first)
         if epochs in lengths:
             raise ValueError(
                 f"{lengths[epochs].name} and {arm.name} both have {epochs:g} epochs and differ only in their "

@@ -1,14 +1,14 @@
 """Figures of records: curves by epoch, accuracy against length and time, accuracy over seeds."""
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fastcifar_jax.analysis import stats
-from fastcifar_jax.analysis.compare import Arm
-from fastcifar_jax.report.drawing import COLOURS, DASHES, FAINT, TEXT, line_style, marker_style, new_figure
+from fastcifar_jax.analysis.compare import Arm, values_of
+from fastcifar_jax.report.drawing import COLOURS, DASHES, TEXT, line_style, marker_style, new_figure
 from fastcifar_jax.report.plot_data import Curves, curves_of
 from fastcifar_jax.report.tables import plausible, status_counts, values
 from fastcifar_jax.report.text import shorten
@@ -24,11 +24,7 @@ Numbered = Sequence[tuple[int, Arm]]  # arms and their numbers on a page
 
 
 def convergence(series: Mapping[str, Mapping[float, Arm]]) -> "Figure":
-    """Test accuracy against the length of a run: every run, the means, and their 95 % t intervals.
-
-    Args:
-      series: name -> epochs -> the runs of that length, from `plot_data.lengths_of`.
-    """
+    """Test accuracy against the length of a run, from `lengths_of`: single runs, means and their 95 % t intervals."""
     figure = new_figure(11, 4.5)
     axes = figure.subplots(1, 2, sharey=True)
     metrics = {"test_accuracy": "test accuracy (%)", "tta_accuracy": "test accuracy with TTA (%)"}
@@ -52,11 +48,7 @@ def convergence(series: Mapping[str, Mapping[float, Arm]]) -> "Figure":
 
 
 def curves(arms: Sequence[Arm]) -> "Figure":
-    """Accuracy and loss by epoch, in training and on the test set: thin lines for single runs, thick for their means.
-
-    Args:
-      arms: of `plot_data.read_arms`.
-    """
+    """Accuracy and loss by epoch, in training and on the test set: thin lines for runs, thick ones for their means."""
     figure = new_figure(11, 7.5)
     axes = figure.subplots(2, 2, sharex=True)
     for axis, (quantity, part) in zip(axes.flat, itertools.product(QUANTITIES, ("train", "test")), strict=True):
@@ -83,112 +75,107 @@ def _draw_curves(axis: "Axes", found: Curves, style: dict, label: str) -> None:
     axis.plot(*(zip(*found.mean, strict=True) if found.mean else ((), ())), **style, lw=2, label=label)
 
 
-class ArmCurves(NamedTuple):
-    """The curves of an arm on the page, and the limits of the y axes, which arms with the same data share."""
-
-    shown: dict[str, dict[str, Curves]]  # quantity -> "test" and "training" -> curves; without empty quantities
-    limits: dict[str, tuple[float, float]]
+ArmCurves = dict[str, dict[str, Curves]]  # quantity -> "test" and "training" -> curves
 
 
-def arm_curves(arms: Iterable[Arm]) -> list[ArmCurves]:
-    """The curves of arms with the same data; unfinished runs set the limits only if no run has finished."""
-    found = []
-    for arm in arms:
-        parts = {"test": "test_{}", "training": "train_{}"}
-        shown = {q: {part: curves_of(arm, field.format(q)) for part, field in parts.items()} for q in QUANTITIES}
-        found.append({q: both for q, both in shown.items() if any(c.finished or c.unfinished for c in both.values())})
+def arm_curves(arm: Arm) -> ArmCurves:
+    """The curves of an arm, without quantities that have no values."""
+    parts = {"test": "test_{}", "training": "train_{}"}
+    found = {q: {part: curves_of(arm, field.format(q)) for part, field in parts.items()} for q in QUANTITIES}
+    return {q: both for q, both in found.items() if any(line.finished or line.unfinished for line in both.values())}
+
+
+def limits_of(found: Sequence[ArmCurves]) -> dict[str, tuple[float, float]]:
+    """The range of each quantity over the finished runs of arms, or over the others if no run has finished."""
     limits = {}
     for quantity in QUANTITIES:
-        lines = [lines for shown in found for lines in shown.get(quantity, {}).values()]
+        lines = [line for shown in found for line in shown.get(quantity, {}).values()]
         runs = [run for line in lines for run in line.finished] or [run for line in lines for run in line.unfinished]
         if ys := [y for run in runs for _, y in run]:
             limits[quantity] = (min(ys), max(ys))
-    return [ArmCurves(shown, limits) for shown in found]
+    return limits
 
 
-def curves_by_epoch(arm: ArmCurves) -> "Figure":
-    """Accuracy and loss of one arm by epoch, one above the other, as narrow as a phone.
-
-    Args:
-      arm: with at least one quantity to show.
-    """
-    figure = new_figure(5, 0.5 + 2 * len(arm.shown))
-    axes = figure.subplots(len(arm.shown), 1, sharex=True, squeeze=False)[:, 0]
-    for axis, (quantity, both) in zip(axes, arm.shown.items(), strict=True):
+def curves_by_epoch(shown: ArmCurves, limits: Mapping[str, tuple[float, float]]) -> "Figure":
+    """Accuracy and loss of one arm, one above the other, as narrow as a phone; at least one of them."""
+    figure = new_figure(5, 0.5 + 2 * len(shown))
+    axes = figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
+    for axis, (quantity, both) in zip(axes, shown.items(), strict=True):
         for i, (part, found) in enumerate(both.items()):
             _draw_curves(axis, found, {"color": COLOURS[i], "linestyle": DASHES[i], "marker": "os"[i], "ms": 3}, part)
-        low, high = arm.limits[quantity]
+        low, high = limits[quantity]
         if quantity == "loss" and high > 2 * low:
             _log_scale(axis, low, high)
         else:
-            axis.set_ylim(*_around(low, high, 0, 100 if quantity == "accuracy" else np.inf))
+            axis.set_ylim(*_around([low, high], 0, 100 if quantity == "accuracy" else np.inf))
         axis.set_ylabel(QUANTITIES[quantity])
         axis.xaxis.get_major_locator().set_params(integer=True)
-    axes[0].legend(loc="lower right" if "accuracy" in arm.shown else "best")
+    axes[0].legend(loc="lower right" if "accuracy" in shown else "best")
     axes[-1].set_xlabel("epoch")
     return figure
 
 
-def accuracy_over_seeds(arms: Numbered) -> "Figure":
-    """One row per arm: a dot per run, and below them the mean with its 95 % interval.
+def time_and_accuracy(arm: Arm) -> list[tuple[float, float]]:
+    """Training seconds and accuracy with TTA, in per cent, of the finished runs."""
+    pairs = zip(*(values_of(arm, metric).values() for metric in ("train_seconds", "tta_accuracy")), strict=True)
+    return [pair for pair in pairs if all(map(plausible, pair))]
 
-    Args:
-      arms: with finished runs on the same data.
-    """
+
+def accuracy_over_seeds(arms: Numbered) -> "Figure":
+    """One row per arm with finished runs: a dot per run, and below them the mean with its 95 % interval."""
     figure = new_figure(5, 0.8 + 0.55 * len(arms))
     axis = figure.subplots()
+    ends = []
     for row, (number, arm) in enumerate(arms):
-        found, colour = sorted(values(arm, "tta_accuracy")), line_style(number - 1)["color"]
+        found, colour = sorted(accuracy for _, accuracy in time_and_accuracy(arm)), COLOURS[(number - 1) % len(COLOURS)]
         mean = stats.summarize(found)
-        label = shorten(f"{number}  {arm.name}", LABEL_LENGTH)
-        # Above the row, whose width is that of the axes.
-        axis.text(0, row - 0.17, f"{label} (n = {mean.n})", transform=axis.get_yaxis_transform(), in_layout=False)
-        # At three heights in turn, so that equal runs stay apart.
-        heights = [row + (0.1, 0, 0.2)[i % 3] for i in range(mean.n)]
+        label = f"{shorten(f'{number}  {arm.name}', LABEL_LENGTH)} (n = {mean.n})"
+        axis.text(0, row - 0.17, label, transform=axis.get_yaxis_transform(), in_layout=False)  # above the row
+        heights = [row + (0.1, 0, 0.2)[i % 3] for i in range(mean.n)]  # so that equal runs stay apart
         axis.plot(found, heights, "o", color=colour, ms=5, alpha=0.75, mew=0)
-        half = [] if mean.n == 1 else [mean.high - mean.mean]
-        axis.errorbar([mean.mean], [row + 0.38], xerr=half or None, color=colour, marker="|", ms=9, mew=2.5, capsize=3)
-    ends = [end for _, arm in arms for end in _ends(values(arm, "tta_accuracy"))]
-    axis.set(xlabel="accuracy (%)", xlim=_around(min(ends), max(ends), 0, 100), ylim=(len(arms) - 0.4, -0.6), yticks=[])
+        look = {"color": colour, "marker": "|", "ms": 9, "mew": 2.5, "capsize": 3}
+        axis.errorbar([mean.mean], [row + 0.38], xerr=_half(mean), **look)
+        ends += [*found, *_interval(mean)]
+    axis.set(xlabel="accuracy (%)", xlim=_around(ends, 0, 100), ylim=(len(arms) - 0.4, -0.6), yticks=[])
     axis.spines["left"].set_visible(False)
     return figure
 
 
 def time_against_accuracy(arms: Numbered) -> "Figure":
-    """A small dot per run, and a numbered marker at the means with both 95 % intervals.
-
-    Args:
-      arms: with finished runs on the same data.
-    """
+    """A small dot per finished run, and per arm a numbered marker at the means with both 95 % intervals."""
     figure = new_figure(5, 4 + 0.2 * len(arms))
     axis = figure.subplots()
-    limits = []
+    ends: tuple[list[float], list[float]] = ([], [])
     for number, arm in arms:
-        style, both = marker_style(number - 1), [values(arm, metric) for metric in ("train_seconds", "tta_accuracy")]
-        axis.plot(*both, "o", color=style["color"], ms=3, alpha=0.7, mew=0)
-        x, y = (stats.summarize(found) for found in both)
-        xerr, yerr = (None if mean.n == 1 else [mean.high - mean.mean] for mean in (x, y))
+        found = list(zip(*time_and_accuracy(arm), strict=True))
+        axis.plot(*found, "o", color=COLOURS[(number - 1) % len(COLOURS)], ms=3, alpha=0.7, mew=0)
+        x, y = map(stats.summarize, found)
+        look = marker_style(number - 1) | {"ms": 6, "lw": 1, "mec": TEXT, "mew": 0.6, "ls": "none"}
         label = shorten(f"{number}  {arm.name}", LABEL_LENGTH)
-        axis.errorbar([x.mean], [y.mean], yerr, xerr, **style, ms=6, lw=1, mec=TEXT, mew=0.6, ls="none", label=label)
-        side = ((1, 1), (-1, -1), (-1, 1), (1, -1))[number % 4]
-        offset = {"xytext": (7 * side[0], 7 * side[1]), "textcoords": "offset points", "ha": "center", "va": "center"}
-        axis.annotate(str(number), (x.mean, y.mean), **offset, weight="bold", fontsize=8, in_layout=False)
-        limits.append([_ends(found) for found in both])
-    xs, ys = ([end for both in limits for end in both[i]] for i in (0, 1))
+        axis.errorbar([x.mean], [y.mean], _half(y), _half(x), **look, label=label)
+        offset = {"xytext": ((7, 7), (-7, -7), (-7, 7), (7, -7))[number % 4], "textcoords": "offset points"}
+        centred = {"ha": "center", "va": "center", "weight": "bold", "fontsize": 8, "in_layout": False}
+        axis.annotate(str(number), (x.mean, y.mean), **offset, **centred)
+        for numbers, coordinates, mean in zip(ends, found, (x, y), strict=True):
+            numbers += [*coordinates, *_interval(mean)]
     axis.set(xlabel="training time (s)", ylabel="accuracy (%)")
-    axis.set(xlim=_around(min(xs), max(xs), 0, np.inf), ylim=_around(min(ys), max(ys), 0, 100))
+    axis.set(xlim=_around(ends[0], 0, np.inf), ylim=_around(ends[1], 0, 100))
     figure.legend(loc="outside lower left", fontsize=9)
     return figure
 
 
-def _ends(found: Sequence[float]) -> list[float]:
-    """The values and the ends of the interval of their mean."""
-    mean = stats.summarize(found)
-    return [*found, mean.low, mean.high] if mean.n > 1 else [*found]
+def _half(mean: stats.Summary) -> list[float] | None:
+    """Half the width of an interval, for error bars; None for a single run."""
+    return [mean.high - mean.mean] if mean.n > 1 else None
 
 
-def _around(low: float, high: float, least: float, most: float) -> tuple[float, float]:
-    """Limits of an axis with a margin, inside `least` and `most`, which intervals may pass, where values are too."""
+def _interval(mean: stats.Summary) -> tuple[float, ...]:
+    return (mean.low, mean.high) if mean.n > 1 else ()
+
+
+def _around(found: Sequence[float], least: float, most: float) -> tuple[float, float]:
+    """Limits of an axis around numbers; intervals do not extend it beyond `least` and `most`."""
+    low, high = min(found), max(found)
     if low < most and high > least:
         low, high = max(low, least), min(high, most)
     margin = 0.05 * (high - low) or 0.01 * abs(high) or 1.0

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from fastcifar_jax.analysis import compare as comparison
 from fastcifar_jax.analysis import stats
-from fastcifar_jax.analysis.compare import METRICS, Arm, CompareOptions, arm_name, values_of
+from fastcifar_jax.analysis.compare import METRICS, Arm, CompareOptions, data_key, group_arms, values_of
 from fastcifar_jax.recipe import Published, Recipe, flatten
 from fastcifar_jax.report.text import clean, data_text, device_text, percent, published_percent, seconds
 from fastcifar_jax.runs import records
@@ -28,49 +28,10 @@ class Table(NamedTuple):
     numbers: frozenset[str] = frozenset()  # columns to align on the right
 
 
-class ArmRuns(NamedTuple):
-    """An arm, and the records of seeds for which the arm has another record."""
-
-    arm: Arm
-    repeats: tuple[Record, ...] = ()
-
-    @property
-    def data(self) -> tuple[str, int, int]:
-        """The `data_key` of its records."""
-        return data_key(self.arm.records[0])
-
-
-def data_key(record: Record) -> tuple[str, int, int]:
-    """Hash, number of training images and number of test images; only runs with the same key can be compared."""
-    return record.data["hash"], record.data["train"], record.data["test"]
-
-
-def grouped(found: Sequence[Record], experiments: Sequence[Experiment]) -> list[ArmRuns]:
-    """Records grouped into arms by framework, recipe and data set.
-
-    If a seed has several records, the newest finished one counts, or the newest if none has finished.
-
-    Args:
-      found: in any order.
-      experiments: give the order of the arms; undeclared names come last.
-    """
-    by_arm: dict[tuple, list[Record]] = {}
-    for record in found:
-        key = (record.framework, record.experiment, record.recipe_hash, data_key(record))
-        by_arm.setdefault(key, []).append(record)
-    order = {experiment.recipe.name: i for i, experiment in enumerate(experiments)}
-    groups = []
-    for key in sorted(by_arm, key=lambda key: (order.get(key[1], len(order)), key[1], key[0], key[2:])):
-        newest = sorted(by_arm[key], key=lambda record: (record.status == "finished", record.started))
-        chosen = {record.seed: record for record in newest}
-        repeats = tuple(record for record in newest if record is not chosen[record.seed])
-        namesakes = [other for other in by_arm if other[:2] == key[:2]]
-        name = arm_name(*key[:2])
-        name += f"@{key[2][:8]}" if len({other[2] for other in namesakes}) > 1 else ""
-        if len({other[3] for other in namesakes}) > 1:
-            name += " on {source}, {train:,} images".format_map(newest[0].data)
-        groups.append(ArmRuns(Arm(clean(name), tuple(chosen[seed] for seed in sorted(chosen))), repeats))
-    return groups
+def arms_of(found: Sequence[Record], experiments: Sequence[Experiment] = ()) -> list[Arm]:
+    """`group_arms` in the order of the experiments, with names that can be printed."""
+    arms = group_arms(found, [experiment.recipe.name for experiment in experiments])
+    return [arm._replace(name=clean(arm.name)) for arm in arms]
 
 
 def plausible(value: float) -> bool:
@@ -108,15 +69,15 @@ def changes(record: Record, recipe: Recipe) -> list[str]:
 LADDER = ("step", "epochs", "published", "published time", "n", "test", "with TTA", "training time", "note")
 
 
-def ladder(groups: Sequence[ArmRuns], experiments: Sequence[Experiment], show_all: bool = False) -> list[Table]:
+def ladder(arms: Sequence[Arm], experiments: Sequence[Experiment], show_all: bool = False) -> list[Table]:
     """Published and measured figures side by side, one table per module of experiments.
 
     Args:
-      groups: from `grouped`. Arms of undeclared recipes get a table of their own, the last.
+      arms: from `arms_of`; those of undeclared recipes get a table of their own, the last.
       experiments: the declared recipes.
       show_all: whether to include recipes without records; their tables come after those with records.
     """
-    of_recipe = lambda name: [group.arm for group in groups if group.arm.records[0].experiment == name]
+    of_recipe = lambda name: [arm for arm in arms if arm.records[0].experiment == name]
     measured, not_run = [], []
     for title in dict.fromkeys(experiment.title for experiment in experiments):
         rows = []
@@ -127,43 +88,39 @@ def ladder(groups: Sequence[ArmRuns], experiments: Sequence[Experiment], show_al
         if rows:
             (not_run if all(row[-1] == "not run" for row in rows) else measured).append(_ladder_table(title, rows))
     declared = {experiment.recipe.name for experiment in experiments}
-    rows = [_measured_row(group.arm, None) for group in groups if group.arm.records[0].experiment not in declared]
+    rows = [_measured_row(arm, None) for arm in arms if arm.records[0].experiment not in declared]
     return [*measured, *not_run, *([_ladder_table("Undeclared recipes", rows)] if rows else [])]
 
 
 DIFFERENCES = ("arm", "n", "with TTA", "difference", "p (Holm)", "verdict", "runs to see it", "training time")
 
 
-def differences(groups: Sequence[ArmRuns], against: str | None = None, previous: bool = False) -> list[Table]:
+def differences(arms: Sequence[Arm], against: str | None = None, previous: bool = False) -> list[Table]:
     """Differences in accuracy with TTA, in percentage points, one table per data set, with the numbers of `compare`.
 
     Only arms with at least two finished runs are compared.
 
     Args:
-      groups: from `grouped`.
+      arms: from `arms_of`.
       against: name of the arm to compare with; the first arm of a data set if it has no arm of this name.
       previous: whether to compare each arm with the one above it instead.
     """
     options = CompareOptions(against_previous=previous)
     by_data: dict[tuple, list[Arm]] = {}
-    for group in groups:
-        found = values_of(group.arm, options.metric).values()
+    for arm in sorted(arms, key=lambda arm: arm.name != against):  # stable
+        found = values_of(arm, options.metric).values()
         if len(found) > 1 and all(map(plausible, found)):
-            by_data.setdefault(group.data, []).append(group.arm)
-    return [
-        _difference_table(sorted(arms, key=lambda arm: arm.name != against), options)  # stable
-        for arms in by_data.values()
-        if len(arms) > 1
-    ]
+            by_data.setdefault(data_key(arm.records[0]), []).append(arm)
+    return [_difference_table(alike, options) for alike in by_data.values() if len(alike) > 1]
 
 
-def run_tables(groups: Sequence[ArmRuns]) -> list[Table]:
+def run_tables(arms: Sequence[Arm]) -> list[Table]:
     """The environments E1, E2, ..., the data sets D1, D2, ..., and every run, finished or not, referring to them."""
     environments: dict[tuple, str] = {}
     data: dict[tuple, str] = {}
     rows = []
-    for group in groups:
-        for record in sorted((*group.arm.records, *group.repeats), key=lambda record: record.seed):
+    for arm in arms:
+        for record in sorted((*arm.records, *arm.repeats), key=lambda record: record.seed):
             versions = ", ".join(f"{name} {version}" for name, version in record.versions.items())
             together = f"{record.strategy}, {record.mesh}"
             environment = (
@@ -176,7 +133,7 @@ def run_tables(groups: Sequence[ArmRuns]) -> list[Table]:
                 write(result[name]) if name in result and plausible(result[name]) else ""
             )
             rows.append((
-                group.arm.name, str(record.seed), record.status, show("test_accuracy", percent),
+                arm.name, str(record.seed), record.status, show("test_accuracy", percent),
                 show("tta_accuracy", percent), show("train_seconds", seconds), show("compile_seconds", seconds),
                 record.recipe.get("compute_dtype", ""), data.setdefault(source, f"D{len(data) + 1}"),
                 environments.setdefault(environment, f"E{len(environments) + 1}"),
@@ -249,9 +206,8 @@ def _difference_table(arms, options):
 
 def _difference(d):
     size = f"{d['estimate']:+.2f} ({d['low']:+.2f} to {d['high']:+.2f})"
-    verdict = "none shown" if d["p_holm"] >= 0.05 else "higher" if d["estimate"] > 0 else "lower"
     needed = d["runs_for_observed"]
-    return size, f"{d['p_holm']:.2g}", verdict, f"{needed:,}" if needed else ""
+    return size, f"{d['p_holm']:.2g}", d["verdict"], f"{needed:,}" if needed else ""
 
 
 def _ladder_table(caption, rows):

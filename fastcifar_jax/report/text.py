@@ -20,10 +20,15 @@ def seconds(value: float) -> str:
     return f"{value:,.{2 if abs(value) < 10 else 1 if abs(value) < 100 else 0}f} s"
 
 
+def counted(number: int, noun: str) -> str:
+    """For example "1 core", "2 cores"."""
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
 def device_text(device: dict[str, Any]) -> str:
     """`Record.device` in one line."""
     if device["platform"] == "cpu":
-        return f"{device['cpu']}, {device['cores']} core{'s' * (device['cores'] != 1)}"
+        return f"{device['cpu']}, {counted(device['cores'], 'core')}"
     return f"{device['count']} x {device['kind']}"
 
 
