@@ -146,18 +146,18 @@ def test_norm_history_is_that_of_the_run(workplace, compiled_once):
     history = plot_data.norm_history(experiment.recipe, 10, dataset, told.append, seed=3)
     run = make_train(experiment.recipe, 10)(jax.random.key(3), dataset)
     assert [row.train_loss for row in told] == [row.train_loss for row in run.epochs]
-    last = run.state.params["layer1"]["norm"]
+    last = run.state.params["norm"]
     for found, expected in ((history.scales, last["scale"]), (history.biases, last["bias"])):
-        assert set(found) == {"layer1/norm"} and found["layer1/norm"].shape == (3, 4)
-        np.testing.assert_array_equal(found["layer1/norm"][-1], expected)
-        assert (found["layer1/norm"][0] != found["layer1/norm"][-1]).any()
+        assert set(found) == {"norm"} and found["norm"].shape == (3, 4)
+        np.testing.assert_array_equal(found["norm"][-1], expected)
+        assert (found["norm"][0] != found["norm"][-1]).any()
 
     figure = figures.norms(history, "title", channels=3)
     for axis, values in zip(figure.axes, (history.scales, history.biases), strict=True):
         drawn = [line.get_data() for line in axis.get_lines()]
         assert len(drawn) == 3
         for channel, (epochs, y) in enumerate(drawn):
-            np.testing.assert_array_equal((epochs, y), ([1, 2, 3], values["layer1/norm"][:, channel]))
+            np.testing.assert_array_equal((epochs, y), ([1, 2, 3], values["norm"][:, channel]))
     fixed = figures.norms(history._replace(scales={}), "title")
     assert [axis.get_ylabel() for axis in fixed.axes] == ["bias of the norm"]
 

@@ -61,7 +61,7 @@ def test_convergence_shows_every_run_and_the_intervals():
             np.testing.assert_allclose([segment[:, 1] for segment in bars.get_segments()], ends)
         points = {(x, round(y, 6)) for line in points_of(axis) for x, y in line}
         assert {(int(n[-1]), round(100 * v + extra, 6)) for n, values in accuracies.items() for v in values} <= points
-    assert figure.axes[0].get_legend_handles_labels()[1] == ["final (n = 2 to 3)", "old (n = 1 to 2, 1 diverged)"]
+    assert figure.axes[0].get_legend_handles_labels()[1] == ["final (n = 3)", "old (n = 1 to 2, 1 diverged)"]
 
 
 def test_lengths_of_keeps_other_recipes_apart():
