@@ -3,7 +3,7 @@
     python benchmarks/norms.py --shape 1024,31,31,64 --groups 1 --activation gelu
     python benchmarks/norms.py --shape 512,32,32,128 --groups 16 --activation celu
 
-Max-pool, norm and activation with all gradients, on random maps: by `norm.normalize_groups`, and by the definition over
+Max-pool, norm and activation with all gradients, on random maps: by `normalize_groups`, and by the definition over
 [batch / groups, groups, height, width, channels], differentiated by JAX. In turns within one process, the median of at
 least 5 each and the ratio.
 
@@ -27,7 +27,7 @@ from fastcifar_jax.models.activations import (
     Celu,  # noqa: E402
     Gelu,  # noqa: E402
 )
-from fastcifar_jax.ops import conv  # noqa: E402
+from fastcifar_jax.ops import backend  # noqa: E402
 from fastcifar_jax.ops.batch_norm import normalize_groups  # noqa: E402
 from fastcifar_jax.ops.max_pool import max_pool  # noqa: E402
 
@@ -47,12 +47,12 @@ def by_definition(x, scale, bias, groups):
 @click.option("--activation", type=click.Choice(("celu", "gelu")), default="gelu", show_default=True)
 @click.option("--rounds", type=click.IntRange(5), default=9, show_default=True)
 def main(shape, groups, activation, rounds):
-    conv.configure_cpu()
+    backend.configure_cpu()
     x = jax.random.normal(jax.random.key(0), tuple(map(int, shape.split(","))))
     scale, bias = jnp.ones(x.shape[-1]), jnp.zeros(x.shape[-1])
     activate = Celu() if activation == "celu" else Gelu()
     norms = {
-        "norm.py": lambda *args: normalize_groups(*args, groups, jnp.float32(EPS))[0],
+        "norm.py": lambda *args: normalize_groups(*args, groups, EPS)[0],
         "by definition": lambda *args: by_definition(*args, groups),
     }
 
@@ -64,7 +64,7 @@ def main(shape, groups, activation, rounds):
             to_x, *others = pull(y)
             return y, to_x.astype(jnp.bfloat16), others
 
-        return jax.jit(both).lower(x, scale, bias).compile(conv.compiler_options())
+        return jax.jit(both).lower(x, scale, bias).compile(backend.compiler_options())
 
     programs, seconds = {name: compiled(norm) for name, norm in norms.items()}, {name: [] for name in norms}
     for i in range(rounds + 1):

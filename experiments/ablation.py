@@ -3,8 +3,8 @@
     python -m experiments compare final 'final_without_*' --seeds 5
     python -m experiments compare baseline 'baseline_with_*' --seeds 5
 
-Every arm keeps the number of epochs of the recipe that it is made from, so differences are at equal epochs. Flip TTA
-needs no arm of its own: compare `--metric test_accuracy` with `--metric tta_accuracy`.
+Every arm has the number of epochs of the recipe that it is derived from. Flip TTA needs no arm of its own: compare
+`--metric test_accuracy` with `--metric tta_accuracy`.
 """
 
 from collections.abc import Callable
@@ -14,15 +14,17 @@ from experiments.bag_of_tricks import baseline, final
 from fastcifar_jax.augment import Crop, Cutout, Flip
 from fastcifar_jax.recipe import Published, Recipe
 
+LISTED = False  # by `list`, except with --all
+
 
 def _with_model(recipe: Recipe, **changes) -> Recipe:
     return replace(recipe, model=replace(recipe.model, **changes))
 
 
-# Each takes a recipe and one that shows how the trick's part looks: `final`'s to add it, `baseline`'s to take it away.
+# Each function takes a recipe and another one to copy one trick from: `final` to add it, `baseline` to remove it.
 
 
-def _choices(recipe, like):
+def _sampling(recipe, like):
     return replace(recipe, sampling=like.sampling)
 
 
@@ -43,7 +45,7 @@ def _ghost_norm(recipe, like):
 
 
 def _frozen_scales(recipe, like):
-    # The trick is the three together: fixed scales make room for faster biases, and move the logits' best scale.
+    # The trick is all three changes: fixed scales allow faster biases and change the best scale of the logits.
     recipe = _with_model(
         recipe,
         norm=replace(recipe.model.norm, train_scale=like.model.norm.train_scale),
@@ -57,7 +59,7 @@ def _whitening(recipe, like):
 
 
 def _ema(recipe, like):
-    # An average wants a rate that does not end at zero, the last weights one that does.
+    # The learning rate should end above zero with an average, and at zero without one.
     return replace(recipe, average=like.average, optim=replace(recipe.optim, schedule=like.optim.schedule))
 
 
@@ -71,7 +73,7 @@ def _no_cutout(recipe, like):
 
 
 TRICKS: dict[str, Callable[[Recipe, Recipe], Recipe]] = {
-    "shuffled_groups": _choices,
+    "shuffled_groups": _sampling,
     "early_pool": _pool_order,
     "label_smoothing": _label_smoothing,
     "celu": _celu,

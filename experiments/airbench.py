@@ -2,7 +2,7 @@
 
     python -m experiments run airbench94 airbench94_muon --seeds 5
 
-`published` holds the accuracies (six views), runs, A100 times (float16) and computations that the repository
+`published` holds the accuracies (six views), numbers of runs, A100 times (float16) and PFLOPs that the repository
 KellerJordan/cifar10-airbench and arXiv 2404.00498 state.
 """
 
@@ -18,6 +18,7 @@ from fastcifar_jax.optim import AirbenchSGD
 from fastcifar_jax.recipe import Published, Recipe
 from fastcifar_jax.schedules import Triangle
 
+ORDER = 3
 SOURCE = "cifar10-airbench"
 
 airbench94 = Recipe(
@@ -61,8 +62,8 @@ airbench95 = replace(
     optim=AirbenchSGD(lr=10.0),
     published=Published(0.9501, 10.4, 200, True, f"{SOURCE}, airbench95", "A100", 1.39),
 )
-# The source says of the schedule that it warms up for a tenth of the run; that it starts from a fifth of the peak, as
-# in the other recipes, is our reading.
+# The source states a warm-up of a tenth of the run. We assume that it starts from a fifth of the peak, as in the other
+# recipes.
 airbench96 = replace(
     airbench94,
     name="airbench96",

@@ -1,10 +1,10 @@
-"""From 75 s to 26 s: every row of the bag of tricks as a cumulative ladder.
+"""From 75 s to 26 s: every step of the bag of tricks, each added to the one before it.
 
+    python -m experiments run final
     python -m experiments.bag_of_tricks --seeds 5
 
-runs them all; `python -m experiments run final` runs one. `published` holds the accuracies and V100 times of the post
-"How to Train Your ResNet 8: Bag of Tricks" and its notebook: a time where the post gives one, the number of runs where
-it says it.
+The second command runs all of them. `published` holds the accuracies, V100 times and numbers of runs that the post
+"How to Train Your ResNet 8: Bag of Tricks" and its notebook state.
 """
 
 from dataclasses import replace
@@ -19,11 +19,12 @@ from fastcifar_jax.optim import Nesterov
 from fastcifar_jax.recipe import Published, Recipe
 from fastcifar_jax.schedules import WarmupDecay
 
+ORDER = 2
 POST = "How to Train Your ResNet 8"
 
 
 def step(recipe: Recipe, name: str, published: Published, **changes) -> Recipe:
-    """The next step: `recipe` under another name, with some parts replaced."""
+    """The next step: `recipe` with a new name and some parts replaced."""
     return replace(recipe, name=name, published=published, **changes)
 
 
@@ -37,8 +38,8 @@ baseline = Recipe(
     optim=Nesterov(peak_lr=0.4, momentum=0.9, weight_decay=5e-4, schedule=WarmupDecay(warmup=5 / 24)),
     published=Published(0.941, 75, source=f"{POST}, baseline; dawn.py"),
 )
-# The post also tries float32 master weights for the half-precision network at this point and finds no effect on
-# accuracy; here the master weights are float32 in every recipe, so that row is this one with compute_dtype="float16".
+# Here the post tries float32 master weights for its half-precision network and finds no effect on accuracy. Ours are
+# float32 in every recipe, so that step is this recipe with compute_dtype="float16".
 gpu_preprocessing = step(
     baseline,
     "gpu_preprocessing",

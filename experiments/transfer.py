@@ -1,9 +1,9 @@
-"""Which tricks carry over: each modern one added to `final`, each old one put in the place of `airbench94`'s own.
+"""Which tricks transfer: each of `airbench94`'s in `final`, and each of `final`'s in `airbench94`.
 
     python -m experiments compare final 'final_with_*' --seeds 4
     python -m experiments compare airbench94 'airbench94_with_*' --seeds 4
 
-One part is exchanged at a time and nothing is tuned anew, so an arm says what a trick does where it was not at home.
+Each arm replaces one part and tunes nothing else: it shows the effect of a trick in a recipe that it was not made for.
 """
 
 from dataclasses import replace
@@ -19,7 +19,8 @@ from fastcifar_jax.optim import AirbenchSGD, Nesterov
 from fastcifar_jax.recipe import Published, Recipe
 from fastcifar_jax.schedules import WarmupDecay
 
-GROUP = 32  # images that `final` normalises together
+LISTED = False  # by `list`, except with --all
+GROUP = 32  # images per ghost group in `final`
 
 
 def _with_model(recipe: Recipe, **changes) -> Recipe:
@@ -30,14 +31,14 @@ def _with_norm(recipe: Recipe, **changes) -> Recipe:
     return _with_model(recipe, norm=replace(recipe.model.norm, **changes))
 
 
-# A triangle by the epoch instead of by the step: the rates of airbench94 for a mean loss and a whole run.
+# airbench94's learning rates, converted to a mean loss and to a schedule in epochs instead of steps.
 _NESTEROV = Nesterov(
     peak_lr=1.5, momentum=0.85, weight_decay=1.362 / 1024, bias_scale=64.0, schedule=WarmupDecay(warmup=0.23, end=0.07)
 )
 
 
 def _muon(recipe: Recipe) -> Recipe:
-    """With Muon, whose rate of the head is for logits over 256; the square of the ratio makes up for another number."""
+    """With Muon. Its learning rate of the head is for an output scale of 1/256; it scales with the inverse square."""
     rate = Muon().head_lr / (256 * recipe.model.output_scale) ** 2
     return replace(recipe, optim=Muon(head_lr=rate))
 

@@ -1,7 +1,7 @@
 """Averages of the weights."""
 
 import dataclasses
-from typing import ClassVar, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -45,8 +45,6 @@ class Ema:
     decay: float = 0.99
     every: int = 5
 
-    TUNABLE: ClassVar = ("decay",)
-
     def __post_init__(self):
         if not (0 <= self.decay < 1 and self.every >= 1):
             raise ValueError(f"Ema has decay {self.decay}, every {self.every}; expected 0 <= decay < 1, every >= 1")
@@ -81,8 +79,6 @@ class Lookahead:
 
     decay: float = 0.95
     every: int = 5
-
-    TUNABLE: ClassVar = ("decay",)
 
     def __post_init__(self):
         if not (0 <= self.decay < 1 and self.every >= 1):

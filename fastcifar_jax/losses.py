@@ -1,7 +1,6 @@
 """Per-example losses: `loss(logits, labels) -> [batch]`, no reduction hidden inside."""
 
 import dataclasses
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +22,6 @@ class CrossEntropy:
     """
 
     label_smoothing: float = 0.0
-
-    TUNABLE: ClassVar = ("label_smoothing",)
 
     def __post_init__(self):
         if not 0 <= self.label_smoothing < 1:

@@ -1,7 +1,6 @@
 """Muon: updates of convolution kernels made orthogonal, as airbench94_muon has it."""
 
 import dataclasses
-from typing import ClassVar
 
 import jax.numpy as jnp
 import optax
@@ -93,8 +92,6 @@ class Muon:
     whiten_bias_epochs: int = 3
     schedule: Triangle = Triangle(peak=0.0, end=0.0)
     compute_dtype: str | None = "bfloat16"
-
-    TUNABLE: ClassVar = ("lr", "momentum", "head_lr", "bias_lr", "sgd_momentum", "weight_decay", "schedule")
 
     def __post_init__(self):
         rates, momenta = (self.lr, self.head_lr, self.bias_lr), (self.momentum, self.sgd_momentum)

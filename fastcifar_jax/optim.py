@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from typing import ClassVar, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -127,8 +127,6 @@ class Nesterov:
     bias_scale: float = 1.0
     schedule: WarmupDecay = WarmupDecay()
 
-    TUNABLE: ClassVar = ("peak_lr", "momentum", "weight_decay", "bias_scale", "schedule")
-
     def __post_init__(self):
         if not (self.peak_lr > 0 and 0 <= self.momentum < 1 and self.weight_decay >= 0 and self.bias_scale > 0):
             raise ValueError(
@@ -198,8 +196,6 @@ class AirbenchSGD:
     bias_scale: float = 64.0
     schedule: Triangle = Triangle()
     whiten_bias_epochs: int | None = 3
-
-    TUNABLE: ClassVar = ("lr", "momentum", "weight_decay", "bias_scale", "schedule")
 
     def __post_init__(self):
         if not (self.lr > 0 and 0 <= self.momentum < 1 and self.weight_decay >= 0 and self.bias_scale > 0):

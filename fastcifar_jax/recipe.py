@@ -1,28 +1,47 @@
-"""A recipe: everything that a training run depends on, besides the data and the seed."""
+"""A recipe: everything that a training run depends on, except the data and the seed."""
 
 import ast
 import dataclasses
 import difflib
 import hashlib
-import math
-import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from fastcifar_jax.augment import Augmentation, Crop, Cutout, Flip, IndependentSampling, Sampling
-from fastcifar_jax.averaging import Average
-from fastcifar_jax.evaluate import TTA, FlipTTA
+from fastcifar_jax.augment import (
+    AlternatingFlip,
+    Augmentation,
+    Crop,
+    Cutout,
+    Flip,
+    GroupedSampling,
+    IndependentSampling,
+    Sampling,
+)
+from fastcifar_jax.averaging import Average, Ema, Lookahead
+from fastcifar_jax.evaluate import TTA, FlipTTA, NoTTA, SixViewTTA
 from fastcifar_jax.losses import CrossEntropy
+from fastcifar_jax.models.activations import Celu, Gelu, Relu
+from fastcifar_jax.models.airnet import AirNet
 from fastcifar_jax.models.base import PRECISIONS, Network
 from fastcifar_jax.models.resnet9 import ResNet9
-from fastcifar_jax.ops import conv
-from fastcifar_jax.optim import Nesterov, Optimizer
+from fastcifar_jax.muon import Muon
+from fastcifar_jax.ops import backend
+from fastcifar_jax.optim import AirbenchSGD, Nesterov, Optimizer
+from fastcifar_jax.serialization import INT_LIMIT, from_plain, to_plain
 
 CIFAR10_MEAN = (125.31, 122.95, 113.87)  # of the training images, red green blue, 0..255
 CIFAR10_STD = (62.99, 62.09, 66.70)
-MAX_TEXT = 1000  # characters of an assigned value
-BELOW = 2**31  # of whole numbers; steps are counted in int32
+MAX_TEXT = 1000  # characters of an assignment
+PARTS = {  # what `from_dict` may build for each kind of part
+    Augmentation: (Crop, Flip, AlternatingFlip, Cutout),
+    Sampling: (IndependentSampling, GroupedSampling),
+    Network: (ResNet9, AirNet),
+    Callable: (CrossEntropy, Relu, Celu, Gelu),
+    Optimizer: (Nesterov, AirbenchSGD, Muon),
+    Average: (Ema, Lookahead),
+    TTA: (NoTTA, FlipTTA, SixViewTTA),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,11 +51,11 @@ class Published:
     Attributes:
       accuracy: mean test accuracy, as a fraction; None where the source states none.
       seconds: training time on one `device`; None where the source states none.
-      runs: how many runs the mean is of; None where the source does not say.
+      runs: number of runs in the mean; None where the source states none.
       tta: whether the accuracy is with test-time augmentation.
-      source: where it says so.
-      device: one accelerator.
-      petaflop: computation of a run, in 1e15 operations; None where the source states none.
+      source: citation.
+      device: accelerator.
+      petaflop: computation per run, in 1e15 operations; None where the source states none.
     """
 
     accuracy: float | None = None
@@ -52,25 +71,25 @@ class Published:
 class Recipe:
     """A training run as a value: frozen, comparable, printed in full by `repr`.
 
-    The parts are objects that can be called; a new trick is a frozen dataclass that satisfies the part's protocol.
+    The parts are callable objects; a new trick is a frozen dataclass that satisfies the protocol of its part.
 
     Attributes:
       name: of the experiment; not part of the hash.
-      num_epochs: passes over the training images; of 9.9 the last ends after nine tenths of its steps.
-      batch_size: images a step; an epoch's remainder is dropped.
+      num_epochs: passes over the training images; with 9.9, the last one ends after nine tenths of its steps.
+      batch_size: images per step; the remainder of an epoch is dropped.
       mean: of the pixels, per channel, 0..255.
       std: of the pixels, per channel, 0..255.
       augmentations: applied in this order.
-      sampling: how an epoch's order and options are drawn.
+      sampling: draws the order and the augmentation choices of an epoch.
       model: the network.
       loss: per example; its sum over the batch is differentiated.
       optim: builds the optax transformation, which receives the gradient of the mean loss.
-      average: of the weights; evaluation uses it when there is one.
-      tta: views of a test image.
-      compute_dtype: "float32", "mixed" (bfloat16 operands in convolutions and the head, float32 between them),
-        "bfloat16", "float16" or "float64"; the weights are kept in float32 at least. "auto" is what
-        `conv.default_dtype` says where the run is made; records name the dtype that it stood for.
-      init_images: how many training images, from the first on, the network's initialisation sees.
+      average: of the weights, used in evaluation; None for the last weights.
+      tta: test-time augmentation.
+      compute_dtype: "float32", "mixed" (bfloat16 operands in convolutions and the head, float32 elsewhere),
+        "bfloat16", "float16" or "float64"; master weights are at least float32. "auto" is replaced by
+        `backend.default_dtype()` before a run; records name the dtype that was used.
+      init_images: number of training images, from the first on, that the network's initialisation uses.
       published: figures of the source; not part of the hash.
 
     Raises:
@@ -95,30 +114,57 @@ class Recipe:
 
     def __post_init__(self):
         for field in ("num_epochs", "batch_size", "init_images"):
-            if not 1 <= getattr(self, field) < BELOW:
+            if not 1 <= getattr(self, field) < INT_LIMIT:
                 raise ValueError(f"{field} is {getattr(self, field)}; give a number from 1 to below 2**31")
         if self.compute_dtype not in ("auto", *PRECISIONS):
             raise ValueError(f"compute_dtype is {self.compute_dtype!r}; choose one of auto, {', '.join(PRECISIONS)}")
-        if len(self.mean) != len(self.std) or min(self.std) <= 0:
-            raise ValueError(f"mean {self.mean} and std {self.std} need one number a channel, std above 0")
+        if len(self.mean) != len(self.std) or min(self.std, default=0) <= 0:
+            raise ValueError(f"mean {self.mean} and std {self.std} need one number per channel, std above 0")
         if " at 0x" in repr(self):
             raise ValueError(
-                f"a part of recipe {self.name!r} prints as an address, so a record could not say what it was: "
+                f"a part of recipe {self.name!r} prints as a memory address, so records could not identify it: "
                 f"{self!r}; make it a frozen dataclass with __call__"
             )
-        self.optim(self.num_epochs, 1, self.batch_size)  # a schedule that does not fit raises here
+        self.optim(self.num_epochs, 1, self.batch_size)  # raises if its schedule does not fit the number of epochs
 
     @property
     def hash(self) -> str:
-        """16 hexadecimal digits that name everything but `name` and `published`."""
+        """16 hexadecimal digits that identify everything but `name` and `published`."""
         text = repr(dataclasses.replace(self, name="", published=Published()))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def to_dict(recipe: Recipe) -> dict[str, Any]:
+    """The whole recipe as plain JSON values; each part is a dict of its fields and the name of its class, "type".
+
+    Raises:
+      ValueError: a part holds something other than numbers, strings, tuples and dataclasses.
+
+    Example:
+      >>> to_dict(Recipe())["loss"]
+      {'type': 'CrossEntropy', 'label_smoothing': 0.0}
+    """
+    return to_plain(recipe, "recipe")
+
+
+def from_dict(values: Mapping[str, Any], own_parts: Iterable[type] = ()) -> Recipe:
+    """The inverse of `to_dict`. The values may be untrusted: only `PARTS` and `own_parts` are built, nothing is run.
+
+    Args:
+      values: as `to_dict` returns them, or as they come back from JSON.
+      own_parts: classes outside this package that the values may name.
+
+    Raises:
+      UnknownPartError: a class that is not among those; it is a ValueError.
+      ValueError: a missing or unknown field, a value of another type, or one that a part refuses.
+    """
+    return from_plain(values, Recipe, "recipe", PARTS, tuple(own_parts))
 
 
 def flatten(recipe: Recipe) -> dict[str, Any]:
     """The recipe as one level of dotted names: `{"optim": "Nesterov", "optim.peak_lr": 0.4, ...}`.
 
-    Left out are `name` and `published`, as in the hash.
+    `name` and `published` are left out, as in the hash.
 
     Example:
       >>> flatten(Recipe())["optim"], flatten(Recipe())["augmentations.0.padding"]
@@ -155,11 +201,12 @@ def override(recipe: Recipe, assignment: str) -> Recipe:
     """The recipe with one number, string or tuple replaced: `override(final, "optim.peak_lr=0.8")`.
 
     Args:
-      recipe: is left as it is.
+      recipe: not modified.
       assignment: a dotted name as in `flatten`, "=", and a Python literal.
 
     Raises:
-      ValueError: an unknown name (the nearest ones are listed), a value of another type, or one that the part refuses.
+      ValueError: an unknown name (the message lists the nearest ones), a value of another type, or one that the part
+        refuses.
 
     Example:
       >>> override(Recipe(), "optim.peak_lr=0.8").optim.peak_lr
@@ -170,7 +217,7 @@ def override(recipe: Recipe, assignment: str) -> Recipe:
     """
     name, equals, text = assignment.partition("=")
     if not equals:
-        raise ValueError(f"{assignment!r:.80} is no assignment; write name=value, as in optim.peak_lr=0.8")
+        raise ValueError(f"{assignment!r:.80} is not an assignment; write name=value, as in optim.peak_lr=0.8")
     name, text = name.strip(), text.strip()
     if len(name) + len(text) > MAX_TEXT:
         raise ValueError(f"{assignment!r:.80} has {len(assignment):,} characters; at most {MAX_TEXT} are read")
@@ -191,14 +238,14 @@ def override(recipe: Recipe, assignment: str) -> Recipe:
 def change(
     recipe: Recipe, assignments: Sequence[str], epochs: int | None, width: int | None, dtype: str | None
 ) -> Recipe:
-    """The recipe with the options of `run` applied, the assignments first, and its dtype resolved.
+    """The recipe with the command line's options applied, assignments first, and its compute dtype resolved.
 
     Raises:
       ValueError: an unknown name or an impossible value.
     """
     for assignment in assignments:
         recipe = override(recipe, assignment)
-    if width is not None and not 1 <= width < BELOW:
+    if width is not None and not 1 <= width < INT_LIMIT:
         raise ValueError(f"width is {width}; give a number of channels from 1 to below 2**31")
     changes: dict[str, Any] = {"num_epochs": epochs, "compute_dtype": dtype}
     changes["model"] = None if width is None else recipe.model.with_width(width)
@@ -207,55 +254,23 @@ def change(
 
 
 def resolve_dtype(recipe: Recipe) -> Recipe:
-    """The recipe with "auto" replaced by the compute dtype that this machine is given."""
+    """The recipe with the compute dtype "auto" replaced by the default of this machine."""
     if recipe.compute_dtype != "auto":
         return recipe
-    return dataclasses.replace(recipe, compute_dtype=conv.default_dtype())
+    return dataclasses.replace(recipe, compute_dtype=backend.default_dtype())
 
 
 def _replace_at(node: Any, path: list[str], value: Any, name: str) -> Any:
     head, *rest = path
-    if isinstance(node, tuple):
-        i = int(head)
-        new = _replace_at(node[i], rest, value, name) if rest else _checked(node[i], value, type(node[i]), name)
-        return (*node[:i], new, *node[i + 1 :])
-    old = getattr(node, head)
+    old = node[int(head)] if isinstance(node, tuple) else getattr(node, head)
     if rest:
         new = _replace_at(old, rest, value, name)
-    else:
-        new = _checked(old, value, typing.get_type_hints(type(node))[head], name)
-    return dataclasses.replace(node, **{head: new})
-
-
-def _checked(old: Any, value: Any, hint: Any, name: str) -> Any:
-    """`value`, if it may stand where `old` stands."""
-    if dataclasses.is_dataclass(old) and value is not None:
+    elif dataclasses.is_dataclass(old) and value is not None:
         raise ValueError(f"{name} is {old}: a part, not a number; set one of its fields, or write a recipe file")
-    if not _is_usable(value):
-        raise ValueError(f"{name} cannot be {value!r:.80}; give finite numbers, whole ones below 2**31")
-    if isinstance(old, float) and type(value) is int:
-        value = float(value)
-    of_old_type = type(value) is type(old) and typing.get_origin(hint) is not tuple
-    if of_old_type or _allows(hint, value):
-        return value
-    raise ValueError(f"{name} is {old!r}; expected {_hint_name(hint)}, got {value!r:.200}")
-
-
-def _is_usable(value: Any) -> bool:
-    if isinstance(value, tuple):
-        return all(map(_is_usable, value))
-    return math.isfinite(value) if isinstance(value, float) else not isinstance(value, int) or abs(value) < BELOW
-
-
-def _allows(hint: Any, value: Any) -> bool:
-    """Whether the type hint of a field allows a value; how many items a tuple has is the part's to check."""
-    arguments = [argument for argument in typing.get_args(hint) if argument is not ...]
-    if typing.get_origin(hint) is tuple:
-        return type(value) is tuple and all(any(_allows(kind, item) for kind in arguments) for item in value)
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return any(_allows(kind, value) for kind in arguments)
-    return type(value) is hint or (hint is float and type(value) is int)
-
-
-def _hint_name(hint: Any) -> str:
-    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint).replace("typing.", "")
+    else:
+        hint = type(old) if isinstance(node, tuple) else typing.get_type_hints(type(node))[head]
+        new = from_plain(value, hint, name, {})
+        new = float(new) if isinstance(old, float) and type(new) is int else new
+    if isinstance(node, tuple):
+        return (*node[: int(head)], new, *node[int(head) + 1 :])
+    return dataclasses.replace(node, **{head: new})

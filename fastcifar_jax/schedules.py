@@ -61,8 +61,6 @@ class WarmupDecay:
     end: float = 0.0
     flat_epochs: float = 0.0
 
-    TUNABLE: ClassVar = ("warmup", "end", "flat_epochs")
-
     def __post_init__(self):
         if not 0 < self.warmup < 1:
             raise ValueError(f"schedule.warmup is {self.warmup}; give the share of the run, between 0 and 1")
@@ -105,10 +103,9 @@ class Triangle:
     """
 
     start: float = 0.2
-    peak: float = 0.23
+    peak: float = dataclasses.field(default=0.23, metadata={"static": True})  # its step is a Python number
     end: float = 0.07
 
-    TUNABLE: ClassVar = ("start", "end")
     IN_STEPS: ClassVar = True  # its time; that of a schedule without this is in epochs
 
     def __post_init__(self):

@@ -4,7 +4,6 @@ from collections.abc import Callable
 
 import jax
 import optax
-from jax import lax
 
 from fastcifar_jax.averaging import Average, Progress
 from fastcifar_jax.losses import num_correct
@@ -22,24 +21,21 @@ def make_train_step(
     average: Average | None,
     steps_per_epoch: int,
     num_steps: int,
-    axis_name: str | None = None,
     skip_gradients: str | None = None,
 ) -> TrainStep:
     """One optimiser step as a pure function `(state, batch) -> (state, info)`.
 
-    The summed loss is differentiated and the gradient divided by the batch size in the weights' dtype: the sum is
-    what keeps small float16 gradients from vanishing (section 3.5), the mean is what the optimiser expects.
+    The summed loss is differentiated and the gradient divided by the batch size in the dtype of the weights: the sum
+    keeps small float16 gradients from vanishing (section 3.5), and the optimiser expects the mean.
 
     Args:
       model: the network.
       loss: per example.
       tx: receives the gradient of the mean loss.
-      average: updated after the weights; None for none.
-      steps_per_epoch: for the average, with the next.
-      num_steps: of the whole run.
-      axis_name: mesh axis whose devices each have an equal share of the batch; the sums are taken over all of them,
-        so that every device makes the same step. None for the whole batch here.
-      skip_gradients: pattern of the paths of parameters whose gradients are not computed, but zero.
+      average: updated after the weights; None for no average.
+      steps_per_epoch: passed to the average in its `Progress`.
+      num_steps: steps of the whole run, passed to the average too.
+      skip_gradients: pattern of the paths of parameters whose gradients are zeros and are not computed.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepInfo]:
@@ -50,11 +46,7 @@ def make_train_step(
             return loss(logits, batch.labels).sum(), (batch_stats, num_correct(logits, batch.labels))
 
         (total, (batch_stats, correct)), grads = jax.value_and_grad(summed_loss, has_aux=True)(state.params)
-        batch_size = len(batch.labels)
-        if axis_name is not None:
-            total, correct, grads = lax.psum((total, correct, grads), axis_name)
-            batch_size *= lax.axis_size(axis_name)
-        grads = jax.tree.map(lambda g: g / batch_size, grads)
+        grads = jax.tree.map(lambda g: g / len(batch.labels), grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         averaged = state.average

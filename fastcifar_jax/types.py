@@ -69,7 +69,7 @@ class EpochInfo(NamedTuple):
 
 
 class Snapshot(NamedTuple):
-    """A run between two epochs, from which it can go on."""
+    """A run at the end of an epoch, from which it can be resumed."""
 
     state: TrainState
     epochs: tuple[EpochInfo, ...]  # the rows so far

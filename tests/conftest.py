@@ -69,7 +69,7 @@ def loaded(monkeypatch):
         info = data.DataInfo(source, "f00dfacecafe", tuple("abcdefghij"), len(dataset[0]), len(dataset[2]))
         return dataset, info
 
-    monkeypatch.setattr(runs, "load", load)
+    monkeypatch.setattr(data, "load_data", load)
     return asked
 
 

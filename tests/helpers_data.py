@@ -1,18 +1,26 @@
-"""Writers of tiny data sets in every format that `fastcifar_jax.readers` reads, and what the tests ask of them."""
+"""Writers of tiny data sets in every format, and the check that a path is refused."""
 
 import gzip
 import io
 import pickle
 import tarfile
+import tracemalloc
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from fastcifar_jax.data.load import DataError, load
+from fastcifar_jax.data.load import DataError, load_data
 from fastcifar_jax.types import Dataset
 
 BATCHES = [f"data_batch_{i}" for i in range(1, 6)]
+FOLDERS = {
+    ("python", 10): "cifar-10-batches-py",
+    ("binary", 10): "cifar-10-batches-bin",
+    ("python", 100): "cifar-100-python",
+    ("binary", 100): "cifar-100-binary",
+}
+MAX_PEAK = 24 << 20  # bytes that may be allocated before a file is refused
 
 
 def tiny(classes=10, train=20, test=10):
@@ -33,33 +41,29 @@ def flat(images):
     return np.concatenate([images[..., channel].reshape(len(images), 1024) for channel in range(3)], axis=1)
 
 
-def parts(data, batches):
+def batches_of(data, files):
     """(file name, images, labels) of each batch."""
-    images = np.array_split(data.train_images, len(batches) - 1)
-    labels = np.array_split(data.train_labels, len(batches) - 1)
-    return zip(batches, [*images, data.test_images], [*labels, data.test_labels], strict=True)
+    images = np.array_split(data.train_images, len(files) - 1)
+    labels = np.array_split(data.train_labels, len(files) - 1)
+    return zip(files, [*images, data.test_images], [*labels, data.test_labels], strict=True)
 
 
 def python_files(data, /, classes=10, protocol=2, **changes):
     """The pickled release as {file name: bytes}; `changes` replace entries of every batch."""
     label = "labels" if classes == 10 else "fine_labels"
-    batches = [*BATCHES, "test_batch"] if classes == 10 else ["train", "test"]
     files = {}
-    for name, images, labels in parts(data, batches):
+    for name, images, labels in batches_of(data, [*BATCHES, "test_batch"] if classes == 10 else ["train", "test"]):
         batch = {b"batch_label": name.encode(), b"data": flat(images), label.encode(): labels.tolist()}
         batch |= {key.encode(): value for key, value in changes.items()}
-        files[name] = pickle.dumps({k: v for k, v in batch.items() if v is not None}, protocol)
-    key = b"label_names" if classes == 10 else b"fine_label_names"
-    files["batches.meta" if classes == 10 else "meta"] = pickle.dumps(
-        {key: [n.encode() for n in names(classes)]}, protocol
-    )
-    return files
+        files[name] = pickle.dumps({key: value for key, value in batch.items() if value is not None}, protocol)
+    file, key = ("batches.meta", b"label_names") if classes == 10 else ("meta", b"fine_label_names")
+    return files | {file: pickle.dumps({key: [name.encode() for name in names(classes)]}, protocol)}
 
 
 def binary_files(data, classes=10):
-    batches = [f"{b}.bin" for b in [*BATCHES, "test_batch"]] if classes == 10 else ["train.bin", "test.bin"]
     files = {}
-    for name, images, labels in parts(data, batches):
+    batches = [f"{name}.bin" for name in ([*BATCHES, "test_batch"] if classes == 10 else ["train", "test"])]
+    for name, images, labels in batches_of(data, batches):
         columns = [labels[:, None]] if classes == 10 else [labels[:, None] // 5, labels[:, None]]
         files[name] = np.concatenate([*columns, flat(images)], axis=1).astype(np.uint8).tobytes()
     text = ("\n".join(names(classes)) + "\n\n").encode()
@@ -68,12 +72,17 @@ def binary_files(data, classes=10):
     return files | {"fine_label_names.txt": text, "coarse_label_names.txt": "\n".join(names(20)).encode()}
 
 
-FOLDERS = {
-    ("python", 10): "cifar-10-batches-py",
-    ("binary", 10): "cifar-10-batches-bin",
-    ("python", 100): "cifar-100-python",
-    ("binary", 100): "cifar-100-binary",
-}
+def python2_pickle(images, labels):
+    """A batch as Python 2 and NumPy 1 wrote the published files: protocol 2, text and bytes as BINSTRING."""
+    text = lambda value: b"U" + bytes([len(value)]) + value
+    raw = flat(images).tobytes()
+    shape = b"K" + bytes([len(images)]) + b"M\x00\x0c\x86"
+    dtype = b"cnumpy\ndtype\nq\x07" + text(b"u1") + b"K\x00K\x01\x87q\x08Rq\x09(K\x03" + text(b"|")
+    dtype += b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+    array = b"cnumpy.core.multiarray\n_reconstruct\nq\x04cnumpy\nndarray\nq\x05K\x00\x85" + text(b"b") + b"\x87q\x06R"
+    array += b"(K\x01" + shape + dtype + b"\x89T" + len(raw).to_bytes(4, "little") + raw + b"tb"
+    ints = b"](" + b"".join(b"K" + bytes([y]) for y in labels) + b"e"
+    return b"\x80\x02}q\x01(" + text(b"labels") + ints + text(b"data") + array + b"u."
 
 
 def write_folder(folder, files):
@@ -105,11 +114,11 @@ def write_tar(path, files, folder="cifar-10-batches-py", extra=()):
     return path
 
 
-def write_npz(path, data, column=False, **changes):
+def write_npz(path, data, column=False, save=np.savez, **changes):
     """A Keras-style file (a path or a buffer); `changes` replace arrays, None leaves one out."""
     labels = [y[:, None] if column else y for y in (data.train_labels, data.test_labels)]
     arrays = dict(x_train=data.train_images, y_train=labels[0], x_test=data.test_images, y_test=labels[1]) | changes
-    np.savez(path, **{key: value for key, value in arrays.items() if value is not None})
+    save(path, **{key: value for key, value in arrays.items() if value is not None})
     return path
 
 
@@ -123,23 +132,8 @@ def write_images(folder, data, classes=10):
     return folder
 
 
-def python2_pickle(images, labels):
-    """A batch as Python 2 and NumPy 1 wrote the released files: protocol 2, text and bytes as BINSTRING."""
-
-    def text(value):
-        return b"U" + bytes([len(value)]) + value
-
-    raw = flat(images).tobytes()
-    shape = b"K" + bytes([len(images)]) + b"M\x00\x0c\x86"
-    dtype = b"cnumpy\ndtype\nq\x07" + text(b"u1") + b"K\x00K\x01\x87q\x08Rq\x09(K\x03" + text(b"|")
-    dtype += b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
-    array = b"cnumpy.core.multiarray\n_reconstruct\nq\x04cnumpy\nndarray\nq\x05K\x00\x85" + text(b"b") + b"\x87q\x06R"
-    array += b"(K\x01" + shape + dtype + b"\x89T" + len(raw).to_bytes(4, "little") + raw + b"tb"
-    ints = b"](" + b"".join(b"K" + bytes([y]) for y in labels) + b"e"
-    return b"\x80\x02}q\x01(" + text(b"labels") + ints + text(b"data") + array + b"u."
-
-
 TINY = {10: tiny(10), 100: tiny(100)}
+SMALL = tiny(10, 5, 1)
 FILES = {"python": python_files, "binary": binary_files}
 
 
@@ -151,7 +145,12 @@ def assert_same(got, expected):
 
 
 def refusal(path):
-    """The message of the DataError that reading `path` ends in."""
-    with pytest.raises(DataError) as caught:
-        load(str(path))
+    """The message of the DataError that reading `path` ends in, after few allocations."""
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError) as caught:
+            load_data(str(path))
+        assert tracemalloc.get_traced_memory()[1] < MAX_PEAK
+    finally:
+        tracemalloc.stop()
     return str(caught.value)

@@ -13,9 +13,10 @@ from fastcifar_jax.report import tables
 from fastcifar_jax.runs import records
 from fastcifar_jax.runs.experiments import Experiment
 from fastcifar_jax.types import EpochInfo
+from tests.helpers_records import PROVENANCE, with_changes
 
 EXPERIMENTS = [
-    Experiment(recipe, None, Path("ladder.py"), "ladder: three steps", None) for recipe in (baseline, celu, final)
+    Experiment(recipe, None, Path("ladder.py"), "ladder: three steps", None, True) for recipe in (baseline, celu, final)
 ]
 DIGITS = {"source": "digits", "hash": "d", "train": 1437, "test": 360}
 VOID = {"meta", "link", "img", "br", "hr", "input"}
@@ -40,18 +41,14 @@ def record(base=final, seed=0, status="finished", accuracy=0.9, seconds=10.0, nu
         "seed": seed,
         "status": status,
         "error": None if status == "finished" else f"run {seed} {status}",
-        "data": {"source": "cifar10", "hash": "0123456789abcdef", "train": 50_000, "test": 10_000},
-        "device": {"kind": "cpu", "platform": "cpu", "count": 1, "cpu": "abacus", "cores": 2},
-        "versions": {"python": "3.11", "jax": "0.10"},
-        "source_hash": "ab",
-        "conv": "lax",
-        "driver": "scan",
+        "provenance": PROVENANCE,
         "command": ("run", base.name),
         "started": f"2026-01-01T00:00:0{seed}+00:00",
         "epochs": epochs,
         "result": result if status == "finished" else None,
     }
-    return records.Record(**fields | changes)
+    own = {name: changes.pop(name) for name in fields.keys() & changes.keys()}
+    return with_changes(records.Record(**fields | own), **{"versions": {"jax": "0.10"}, **changes})
 
 
 def html_of(found):
@@ -112,7 +109,7 @@ def cells(table, name):
 def hostile(status="finished"):
     """A record that `records.read` lets through, and nobody would write."""
     wild = EpochInfo(1e300, math.nan, -5.0, 1e300, 1e-320, math.nan, math.inf, 1e15)
-    return dataclasses.replace(
+    return with_changes(
         record(status=status),
         experiment=NASTY,
         framework=NASTY,
@@ -124,10 +121,8 @@ def hostile(status="finished"):
         versions={NASTY: NASTY},
         source_hash=NASTY,
         conv=NASTY,
-        driver=NASTY,
         command=(NASTY, NASTY),
         started=f"z{NASTY}",  # the newest
-        strategy=NASTY,
         mesh=NASTY,
         epochs=(wild, wild._replace(epoch=-3, train_accuracy=-7.0, test_accuracy=0.5, train_loss=2.0, test_loss=3.0)),
     )

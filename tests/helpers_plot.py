@@ -15,7 +15,6 @@ from fastcifar_jax.recipe import Recipe
 class Module(nn.Module):
     width: int
     num_classes: int
-    axis_name: str | None = None
 
     @nn.compact
     def __call__(self, x, train):

@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "fastcifar_jax"
 # A folder or a module of the top level may import those on the lines above it, and a folder itself.
 ORDER = (
-    "types",
+    "types serialization",
     "ops data augment losses schedules",
     "models optim evaluate",
     "muon averaging",

@@ -1,13 +1,25 @@
 import dataclasses
+import json
 from dataclasses import replace
 
 import jax
 import pytest
 
+import fastcifar_jax
 from experiments import airbench, bag_of_tricks, convergence, quickstart, transfer
 from fastcifar_jax import recipe as recipe_module
 from fastcifar_jax.losses import CrossEntropy
-from fastcifar_jax.recipe import Published, Recipe, change, difference, flatten, override, resolve_dtype
+from fastcifar_jax.recipe import (
+    Published,
+    Recipe,
+    change,
+    difference,
+    flatten,
+    from_dict,
+    override,
+    resolve_dtype,
+    to_dict,
+)
 from fastcifar_jax.train import check
 from fastcifar_jax.types import Dataset
 
@@ -91,12 +103,80 @@ def test_hash_ignores_name_and_published():
     assert replace(FINAL, num_epochs=11).hash != FINAL.hash
 
 
-def test_repr_remakes_the_recipe():
-    names = {}
-    for module in "activations airnet augment losses model muon resnet9 optim schedules evaluate recipe".split():
-        exec(f"from fastcifar_jax.{module} import *", names)
+def test_repr_is_an_expression_of_public_names():
+    names = {name: getattr(fastcifar_jax, name) for name in fastcifar_jax.__all__}
     for recipe in RECIPES.values():
         assert eval(repr(recipe), names) == recipe
+
+
+def test_dict_and_back():
+    for recipe in RECIPES.values():
+        values = to_dict(recipe)
+        for again in (from_dict(values), from_dict(json.loads(json.dumps(values)))):
+            assert again == recipe and repr(again) == repr(recipe)
+
+
+@dataclasses.dataclass(frozen=True)
+class Confident(CrossEntropy):
+    penalty: float = 0.1
+    shape: tuple = (1, "a")
+
+
+def test_a_fork_brings_its_own_part():
+    mine = replace(FINAL, name="mine", loss=Confident(0.2))
+    assert flatten(mine)["loss"] == "Confident" and flatten(mine)["loss.penalty"] == 0.1
+    assert mine.hash != FINAL.hash
+    assert from_dict(to_dict(mine), own_parts=[Confident]) == mine
+    assert override(mine, "loss.shape=[2, None]").loss.shape == (2, None)
+    with pytest.raises(ValueError, match="recipe.loss: expected a dict whose type is one of CrossEntropy, Relu, Celu"):
+        from_dict(to_dict(mine))
+
+
+def test_a_part_that_is_not_plain_values():
+    with pytest.raises(ValueError, match=r"recipe\.loss\.penalty: expected a number, .* got <class 'float'>"):
+        to_dict(replace(FINAL, loss=Confident(penalty=float)))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("optim.peak_lr", "0.4", "recipe.optim.peak_lr: expected float, got '0.4'"),
+        ("optim.peak_lr", True, "peak_lr: expected float, got True"),
+        ("optim.peak_lr", float("nan"), "peak_lr: got nan; give finite numbers"),
+        ("optim.peak_lr", 1e39, "peak_lr: got 1e\\+39; give finite numbers"),
+        ("optim.peak_lr", 10**400, "peak_lr: got 1000"),
+        ("num_epochs", None, "num_epochs: expected int | float, got None"),
+        ("batch_size", 2**31, "batch_size: got 2147483648; .* whole ones below 2\\*\\*31"),
+        ("batch_size", 0, "batch_size is 0"),
+        ("name", "\x1b[2J", "name: got .* printable"),
+        ("name", "x" * 10_001, "name: got .* at most 10,000"),
+        ("mean", [1.0] * 10_001, "mean: expected tuple"),
+        ("mean", 3.0, "mean: expected tuple"),
+        ("std", [], "need one number per channel"),
+        ("model.whiten", 1, "recipe.model.whiten: expected bool, got 1"),
+        ("model.pool_order", "pool", "expected Literal"),
+        ("model.channels", [1, 2, 3], "expected tuple"),
+        ("model.width", 3, "expected the fields channels, .* of ResNet9, got "),
+        ("model", {"type": "ResNet9"}, "expected the fields channels"),
+        ("model", {"type": ["ResNet9"]}, "a dict whose type is one of ResNet9, AirNet, got"),
+        ("model", {"type": "Recipe"}, "a dict whose type is one of ResNet9, AirNet, got"),
+        ("model", "ResNet9", "a dict whose type is one of ResNet9, AirNet, got 'ResNet9'"),
+        ("average", {"type": "Ema", "decay": 2.0, "every": 5}, "decay"),
+        ("average", 3, "average: expected .*Average | None, got 3"),
+        ("augmentations", [{"type": "Flip"}, None], "recipe.augmentations.1: expected a dict"),
+        ("published", None, "recipe.published: expected a dict whose type is one of Published"),
+        ("type", "Published", "recipe: expected a dict whose type is one of Recipe"),
+    ],
+)
+def test_from_dict_refuses(name, value, message):
+    values = to_dict(FINAL)
+    *parents, last = name.split(".")
+    part = values
+    for parent in parents:
+        part = part[parent]
+    part[last] = value
+    with pytest.raises(ValueError, match=message):
+        from_dict(values)
 
 
 def test_part_that_prints_as_an_address():
@@ -115,6 +195,8 @@ def test_part_that_prints_as_an_address():
         ("model.norm.eval_first_group=True", "model.norm.eval_first_group", True),
         ("compute_dtype=bfloat16", "compute_dtype", "bfloat16"),
         ("model.channels=(8,16,32,64)", "model.channels", (8, 16, 32, 64)),
+        ("model.channels=[8,16,32,64]", "model.channels", (8, 16, 32, 64)),
+        ("mean=(125, 122.5, 113)", "mean", (125, 122.5, 113)),
         ("sampling.max_options=None", "sampling.max_options", None),
         ("average=None", "average", None),
     ],
@@ -138,7 +220,8 @@ def test_override(assignment, name, value):
         ("num_epochs=0", "num_epochs is 0"),
         ("num_epochs=2", "must increase"),
         ("compute_dtype=float8", "choose one of auto, float32"),
-        ("model.channels=(1,2)", "four numbers"),
+        ("model.channels=(1,2)", "expected tuple"),
+        ("model.channels=(0,1,2,3)", "four numbers"),
         ("model.norm.num_groups=0", "num_groups 0"),
         ("batch_size=-1", "batch_size is -1"),
         ("augmentations.7.size=3", "nearest"),
@@ -162,22 +245,12 @@ def test_difference():
     }
 
 
-def test_a_fork_brings_its_own_part():
-    @dataclasses.dataclass(frozen=True)
-    class Confident(CrossEntropy):
-        penalty: float = 0.1
-
-    mine = replace(FINAL, name="mine", loss=Confident(0.2))
-    assert flatten(mine)["loss"] == "Confident" and flatten(mine)["loss.penalty"] == 0.1
-    assert mine.hash != FINAL.hash
-
-
 def test_default_recipe_is_the_baseline_with_the_later_warmup():
     assert difference(Recipe(), BASELINE) == {"optim.schedule.warmup": (1 / 5, 5 / 24)}
 
 
 def test_auto_stands_for_this_machines_dtype(monkeypatch):
-    monkeypatch.setattr(recipe_module.conv, "default_dtype", lambda: "mixed")
+    monkeypatch.setattr(recipe_module.backend, "default_dtype", lambda: "mixed")
     automatic = Recipe(compute_dtype="auto")
     assert (
         resolve_dtype(automatic).hash

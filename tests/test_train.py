@@ -11,7 +11,7 @@ from experiments.bag_of_tricks import baseline, final
 from fastcifar_jax.augment import Crop, Cutout, Flip, normalize
 from fastcifar_jax.models.layers import BatchNormConfig
 from fastcifar_jax.muon import Muon
-from fastcifar_jax.ops import onednn_check
+from fastcifar_jax.ops import backend
 from fastcifar_jax.optim import AirbenchSGD, skipped_gradients
 from fastcifar_jax.train import (
     Diverged,
@@ -250,8 +250,8 @@ def test_state_is_arrays_only(final_run):
 @pytest.mark.parametrize("way", ["lax", "onednn"])
 def test_final_step_exports_for_cpu_and_cuda_and_runs_here(way, monkeypatch):
     """One program for both platforms; the call into jaxlib's oneDNN has to be let through by name."""
-    if way == "onednn" and not onednn_check.outcome()[0]:
-        pytest.skip(f"oneDNN is not used here: {onednn_check.outcome()[1]}")
+    if way == "onednn" and not backend.check_onednn()[0]:
+        pytest.skip(f"oneDNN is not used here: {backend.check_onednn()[1]}")
     monkeypatch.setenv("FASTCIFAR_CONV", way)
     recipe = small(final)
     functions = make_functions(recipe, 4, NUM_TRAIN)

@@ -1,10 +1,10 @@
-"""What the logits of a test set are worth: accuracy, loss and calibration."""
+"""Accuracy, loss and calibration of the logits of a test set."""
 
 import numpy as np
 from scipy.special import log_softmax
 from sklearn.metrics import accuracy_score
 
-BINS = 15  # of the calibration error
+BINS = 15  # of the expected calibration error
 
 
 def measure(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
@@ -24,15 +24,15 @@ def measure(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
 
 
 def calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int = BINS) -> float:
-    """Expected calibration error: |accuracy - mean confidence|, averaged over the images by bins of confidence.
+    """Expected calibration error: |accuracy - mean confidence| of bins of confidence, averaged over the images.
 
-    Bins have equal widths, and bin m of M is ((m - 1) / M, m / M] (Guo et al. 2017, "On calibration of modern neural
+    The bins have equal widths; bin m of M is ((m - 1) / M, m / M] (Guo et al. 2017, "On calibration of modern neural
     networks", section 2; Naeini et al. 2015).
 
     Args:
-      confidence: probability of the predicted class, one an image.
+      confidence: probability of the predicted class of each image.
       correct: whether that class is the right one.
-      bins: their number.
+      bins: number of bins.
     """
     index = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
     gaps = np.bincount(index, correct - confidence, bins)

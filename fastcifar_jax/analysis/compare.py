@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from fastcifar_jax.analysis import stats
 from fastcifar_jax.runs import records
+from fastcifar_jax.runs.provenance import data_key
 from fastcifar_jax.runs.records import Record
 
 ACCURACIES = ("test_accuracy", "tta_accuracy")
@@ -69,11 +70,6 @@ def parse_arm(text: str) -> tuple[str, str, str]:
     return match["framework"] or "jax", match["experiment"], match["prefix"] or ""
 
 
-def data_key(record: Record) -> tuple[str, int, int]:
-    """Hash and numbers of training and test images: records that differ in it cannot be compared."""
-    return record.data["hash"], record.data["train"], record.data["test"]
-
-
 def data_text(data: dict[str, Any]) -> str:
     """ "digits, 1,437 training and 360 test images, hash 0123abcd"."""
     return f"{data['source']}, {data['train']:,} training and {data['test']:,} test images, hash {data['hash'][:8]}"
@@ -98,7 +94,7 @@ def group_arms(found: Iterable[Record], order: Sequence[str] = ()) -> list[Arm]:
     """
     groups: dict[tuple, list[Record]] = {}
     for record in found:
-        key = (arm_name(record.framework, record.experiment), record.recipe_hash, data_key(record))
+        key = (arm_name(record.framework, record.experiment), record.recipe_hash, data_key(record.provenance))
         groups.setdefault(key, []).append(record)
     names = list(dict.fromkeys(name for name, *_ in groups))
     rank = {experiment: i for i, experiment in enumerate(order)}
@@ -116,7 +112,7 @@ def group_arms(found: Iterable[Record], order: Sequence[str] = ()) -> list[Arm]:
         elif len(lengths) > 1:
             name += f", {lengths[recipe_hash]:g} epochs"
         if len({key[2] for key in namesakes}) > 1:
-            name += " on {source}, {train:,} images".format_map(group[0].data)
+            name += " on {source}, {train:,} images".format_map(group[0].provenance.data)
         by_age = sorted(group, key=lambda record: (record.status == "finished", record.started))
         chosen = {record.seed: record for record in by_age}
         repeats = tuple(record for record in by_age if record is not chosen[record.seed])
@@ -141,7 +137,7 @@ def load_arm(out: Path, name: str, **data: Any) -> Arm:
         record
         for record in records.find(out, experiment=experiment, framework=framework).values()
         if record.recipe_hash.startswith(prefix)
-        and all(value is None or record.data[key] == value for key, value in data.items())
+        and all(value is None or record.provenance.data[key] == value for key, value in data.items())
     )
     if not arms:
         raise ValueError(f"no record of {name} in {out}; --seeds 5 makes them")
@@ -152,7 +148,7 @@ def load_arm(out: Path, name: str, **data: Any) -> Arm:
             f"{', '.join(f'{experiment}@{key[:8]}' for key in by_recipe)}"
         )
     if len(arms) > 1:
-        shown = "; ".join(data_text(arm.records[0].data) for arm in arms)
+        shown = "; ".join(data_text(arm.records[0].provenance.data) for arm in arms)
         raise ValueError(f"{out} holds runs of {name} on different images: {shown}; choose with --data, --limit-train")
     if repeats := arms[0].repeats:
         raise ValueError(f"{out} holds more than one record of {name}, seed {repeats[0].seed}; move one away")
@@ -174,9 +170,11 @@ def check_comparable(arms: Sequence[Arm]) -> None:
     kinds: dict[tuple, tuple[str, Record]] = {}
     for arm in arms:
         for record in arm.records:
-            kinds.setdefault(data_key(record), (arm.name, record))
+            kinds.setdefault(data_key(record.provenance), (arm.name, record))
     if len(kinds) > 1:
-        shown = "; ".join(f"{name}, seed {record.seed}: {data_text(record.data)}" for name, record in kinds.values())
+        shown = "; ".join(
+            f"{name}, seed {record.seed}: {data_text(record.provenance.data)}" for name, record in kinds.values()
+        )
         raise ValueError(f"these runs saw different images: {shown}; --allow-different-data compares them nevertheless")
 
 
@@ -222,9 +220,9 @@ def _summary(arm, values, options):
         "name": arm.name,
         "recipe_hash": first.recipe_hash,
         "num_epochs": first.recipe.get("num_epochs"),
-        "data": first.data,
-        "device": first.device,
-        "versions": first.versions,
+        "data": first.provenance.data,
+        "device": first.provenance.device,
+        "versions": first.provenance.versions,
         "seeds": [record.seed for record in arm.records],
         "diverged": count("diverged"),
         "crashed": count("crashed"),

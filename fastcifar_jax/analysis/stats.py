@@ -2,7 +2,8 @@
 
 A value is the result of one run, a plain float in the caller's unit. Of two arms, `a` is the baseline and `b` is
 compared with it; every difference is b minus a. `confidence` is that of an interval, and 1 minus the level of a test.
-Every function raises ValueError for a confidence outside 0..1 and for a value that is not finite.
+All raise ValueError for a confidence outside 0..1, a value that is not finite, and too few runs: `summarize` needs one,
+`welch`, `tost` and `power_of` two per arm, `paired` three pairs.
 """
 
 import bisect
@@ -59,29 +60,18 @@ class Equivalence(NamedTuple):
     equivalent: bool
 
 
-class Crossing(NamedTuple):
-    """Where b is as good as a, and its interval; -inf: at or below the smallest x tried, inf: above the largest."""
-
-    value: float
-    low: float
-    high: float
-
-
 def summarize(values: Floats, confidence: float = 0.95) -> Summary:
     """The mean of one arm's runs with its t interval (Student 1908).
 
     For a single run `sd`, `low` and `high` are NaN, since one run does not show the spread.
-
-    Raises:
-      ValueError: no values.
 
     Example:
       >>> found = summarize([94.1, 94.2, 93.9, 94.0])
       >>> found.n, round(found.mean, 2), round(found.low, 2), round(found.high, 2)
       (4, 94.05, 93.84, 94.26)
     """
-    sample, _ = _sample(values, 1, "values"), _alpha(confidence)
-    mean, sd = float(_mean(sample)), _sd(sample)
+    sample, _ = as_sample(values, 1, "values"), alpha_of(confidence)
+    mean, sd = float(mean_of(sample)), _sd(sample)
     low = high = mean + sd  # NaN for a single run, the mean for equal runs
     if sd > 0:
         low, high = map(float, _quietly(scipy.stats.ttest_1samp, sample, 0).confidence_interval(confidence))
@@ -94,16 +84,13 @@ def welch(a: Floats, b: Floats, confidence: float = 0.95) -> Difference:
     Hedges' g is the difference over the pooled standard deviation, times the exact small-sample factor (Hedges
     1981). Where both arms are constant the interval has width 0, p is 0 or 1, `df` is NaN and g is 0 or infinite.
 
-    Raises:
-      ValueError: fewer than two runs in an arm.
-
     Example:
       >>> found = welch([94.1, 94.2, 93.9, 94.0], [94.3, 94.5, 94.2, 94.4])
       >>> round(found.estimate, 2), round(found.low, 2), round(found.high, 2), round(found.p_value, 3)
       (0.3, 0.08, 0.52, 0.017)
     """
-    first, second, _ = _sample(a, 2, "arm a"), _sample(b, 2, "arm b"), _alpha(confidence)
-    estimate, m = float(_mean(second) - _mean(first)), first.size + second.size - 2
+    first, second, _ = as_sample(a, 2, "arm a"), as_sample(b, 2, "arm b"), alpha_of(confidence)
+    estimate, m = float(mean_of(second) - mean_of(first)), first.size + second.size - 2
     sd = math.sqrt(((first.size - 1) * _sd(first) ** 2 + (second.size - 1) * _sd(second) ** 2) / m)
     if sd == 0:
         g = math.copysign(math.inf, estimate) if estimate else 0.0
@@ -118,9 +105,9 @@ def paired(a: Floats, b: Floats, confidence: float = 0.95) -> Paired:
     """The difference b minus a of runs of the same seeds in the same order (Student 1908).
 
     Raises:
-      ValueError: arms of different lengths, or fewer than three pairs (of two, the correlation is always 1 or -1).
+      ValueError: arms of different lengths.
     """
-    first, second = _sample(a, 3, "arm a"), _sample(b, 3, "arm b")
+    first, second = as_sample(a, 3, "arm a"), as_sample(b, 3, "arm b")
     if first.size != second.size:
         raise ValueError(f"arm a has {first.size} runs and arm b {second.size}; pairs need one of each for every seed")
     n, estimate, sd, low, high = summarize(second - first, confidence)
@@ -137,11 +124,11 @@ def tost(a: Floats, b: Floats, margin: float, confidence: float = 0.95) -> Equiv
     not evidence of a difference.
 
     Raises:
-      ValueError: a margin that is not above 0, or fewer than two runs in an arm.
+      ValueError: a margin that is not above 0.
     """
     if not 0 < margin < math.inf:
         raise ValueError(f"margin is {margin}; give the smallest difference that matters, above 0")
-    first, second, alpha = _sample(a, 2, "arm a"), _sample(b, 2, "arm b"), _alpha(confidence)
+    first, second, alpha = as_sample(a, 2, "arm a"), as_sample(b, 2, "arm b"), alpha_of(confidence)
     if _sd(first) == _sd(second) == 0:
         p_value = float(abs(second[0] - first[0]) >= margin)
     else:
@@ -158,13 +145,13 @@ def power_of(sd_a: float, sd_b: float, n_a: int, n_b: int, difference: float, co
     for very few runs: for two equal arms, 68 % instead of 78 % at three runs each, 78 % instead of 80 % at five.
 
     Raises:
-      ValueError: a standard deviation below 0, or fewer than two runs in an arm.
+      ValueError: a standard deviation below 0.
     """
     if not (0 <= sd_a < math.inf and 0 <= sd_b < math.inf and math.isfinite(difference)):
         raise ValueError(f"standard deviations {sd_a}, {sd_b} and difference {difference} must be finite, the sds >= 0")
     if min(n_a, n_b) < 2:
         raise ValueError(f"{n_a} and {n_b} runs; a test needs at least two in each arm")
-    alpha, square = _alpha(confidence), sd_a**2 / n_a + sd_b**2 / n_b
+    alpha, square = alpha_of(confidence), sd_a**2 / n_a + sd_b**2 / n_b
     if square == 0:
         return float(difference != 0)
     share = sd_a**2 / n_a / square
@@ -238,64 +225,11 @@ def confidence_at_look(look: int, confidence: float = 0.95) -> float:
     """
     if look < 1 or look % 1:
         raise ValueError(f"look is {look}; count the looks 1, 2, 3 ...")
-    return 1 - _alpha(confidence) / (look * (look + 1))
+    return 1 - alpha_of(confidence) / (look * (look + 1))
 
 
-def crossing(
-    xs: Floats,
-    samples: Sequence[Floats],
-    target: Floats,
-    confidence: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
-) -> Crossing:
-    """The smallest x from which on b is as good as a, to express a gain as a shorter run.
-
-    b's means are joined by straight lines. The crossing is where they last rise to a's mean: -inf where b is at least
-    as good at every x tried, inf where it is worse at the largest. The interval is the percentile bootstrap's over
-    runs (Efron 1979), with a and each arm of b resampled independently and deviations widened by sqrt(n / (n - 1)) for
-    the smaller variance of the resamples (Hesterberg 2015); it too may end at -inf or inf. For few runs it is still
-    too narrow: at five per arm, 95 % intervals cover about 91 %. A single run counts as one without noise.
-
-    Args:
-      xs: increasing, at least two; for example epoch counts.
-      samples: the values of b's runs at each x.
-      target: the values of a's runs.
-      confidence: of the interval.
-      resamples: of the bootstrap; at least 100.
-      seed: of the bootstrap.
-
-    Raises:
-      ValueError: `xs` that do not increase or do not match `samples`, an arm without runs, or too few resamples.
-    """
-    alpha, counts = _alpha(confidence), _sample(xs, 2, "xs")
-    if len(counts) != len(samples) or np.any(np.diff(counts) <= 0):
-        raise ValueError(f"xs {list(xs)} for {len(samples)} samples; give one sample per x, and increasing xs")
-    if resamples < 100:
-        raise ValueError(f"resamples is {resamples}; the tails need at least 100")
-    arms = [_sample(target, 1, "target"), *(_sample(arm, 1, f"samples[{i}]") for i, arm in enumerate(samples))]
-    means, rng, drawn = np.array([_mean(arm) for arm in arms]), np.random.default_rng(seed), []
-    for arm, mean in zip(arms, means, strict=True):
-        deviations = _mean(arm[rng.integers(arm.size, size=(resamples, arm.size))]) - mean
-        drawn.append(mean + deviations * math.sqrt(arm.size / max(1, arm.size - 1)))
-    found = sorted(_cross(counts, resampled) for resampled in np.transpose(drawn))
-    # Order statistics, rounded outwards; scipy.stats.bootstrap interpolates between them, which fails at inf - inf.
-    low, high = math.floor(alpha / 2 * (resamples - 1)), math.ceil((1 - alpha / 2) * (resamples - 1))
-    return Crossing(_cross(counts, means), found[low], found[high])
-
-
-def _cross(xs, means):
-    gains = means[1:] - means[0]  # over the target's
-    worse = np.flatnonzero(gains < 0)
-    if worse.size == 0:
-        return -math.inf
-    if (i := worse[-1]) == xs.size - 1:
-        return math.inf
-    return float(xs[i] + (xs[i + 1] - xs[i]) * gains[i] / (gains[i] - gains[i + 1]))
-
-
-def _sample(values, least, name):
-    """`values` as a vector of at least `least` finite numbers."""
+def as_sample(values: Floats, least: int, name: str) -> np.ndarray:
+    """The values as a vector of at least `least` finite numbers; `name` is for the error."""
     sample = np.asarray(values, float)
     if sample.ndim != 1 or sample.size < least:
         raise ValueError(f"{name}: {sample.size} values, expected a flat list of at least {least}; run more seeds")
@@ -304,13 +238,14 @@ def _sample(values, least, name):
     return sample
 
 
-def _alpha(confidence):
+def alpha_of(confidence: float) -> float:
+    """1 - confidence, for a confidence between 0 and 1."""
     if not 0 < confidence < 1:
         raise ValueError(f"confidence is {confidence}; give a probability between 0 and 1, such as 0.95")
     return 1 - confidence
 
 
-def _mean(values):
+def mean_of(values: np.ndarray) -> np.ndarray:
     """Mean over the last axis; of equal values it is exactly that value, which a plain sum does not promise."""
     first = values[..., :1]
     return first[..., 0] + (values - first).mean(-1)

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +15,23 @@ from rich.table import Table
 from fastcifar_jax.analysis import compare as comparison
 from fastcifar_jax.analysis import stats
 from fastcifar_jax.analysis.compare import ACCURACIES, METRICS, Arm, CompareOptions
-from fastcifar_jax.analysis.match_epochs import equal_epochs
+from fastcifar_jax.analysis.match_epochs import Crossing, equal_epochs
 from fastcifar_jax.analysis.match_epochs import match_epochs as match
-from fastcifar_jax.cli import console as report
+from fastcifar_jax.cli import console as view
 from fastcifar_jax.cli.options import (
     CliContext,
     RunOptions,
     json_option,
-    make_jobs,
+    make_specs,
     run_options,
     seeds_option,
     usage_errors,
     variants,
 )
 from fastcifar_jax.recipe import change
-from fastcifar_jax.runs import experiments as discover
-from fastcifar_jax.runs import records
-from fastcifar_jax.runs import runner as runs
+from fastcifar_jax.runs import experiments, files
 from fastcifar_jax.runs.records import Record
+from fastcifar_jax.runs.runner import make_folders, record_of, run_all
 
 FIRST_LOOK = 4  # seeds per arm before the first look of --until-half-width
 BLOCK = 2  # seeds per arm between two looks
@@ -52,7 +51,7 @@ _above_0 = click.FloatRange(0, min_open=True)
 @click.option("--min-effect", type=_above_0, metavar="PP", help="Show the runs that a difference of this size needs.")
 @click.option("--against-previous", is_flag=True, help="Compare each arm with the one before it, not with the first.")
 @click.option("--until-half-width", type=_above_0, metavar="PP", help="Run seeds until the intervals are +- PP.")
-@click.option("--max-seeds", type=click.IntRange(FIRST_LOOK), default=100, show_default=True, help="Its limit.")
+@click.option("--max-seeds", type=click.IntRange(FIRST_LOOK), default=100, show_default=True, help="Upper limit.")
 @click.option("--allow-different-data", is_flag=True, help="Compare runs on different images nevertheless.")
 @json_option
 @click.pass_obj
@@ -65,7 +64,7 @@ def compare(
     several recipes of that name. Without --seeds or --until-half-width, the records under --out are compared; with
     them, missing runs are made first, the arms in alternating order. PP: percentage points.
     """
-    console = report.make_console()
+    console = view.make_console()
     half_width, max_seeds = asked["until_half_width"], asked["max_seeds"]
     to_compare = CompareOptions(**{name: asked[name] for name in CompareOptions._fields if name in asked})
     answer_of = functools.partial(_answer, mixed=asked["allow_different_data"], console=console)
@@ -73,10 +72,10 @@ def compare(
         if seeds is None and half_width is None:
             answer = answer_of(_load_arms(context, names, options), to_compare)
         else:
-            specs, driver = make_jobs(context, names, options, console)
-            run = functools.partial(_run, options=options, context=context, console=console, driver=driver, compiled={})
+            specs, settings = make_specs(context, names, options, console), options.settings(context)
+            run = functools.partial(_run, settings=settings, programs={}, view=view.RunView(console))
             if len(specs) < 2:
-                raise ValueError(f"{', '.join(names)} is a single arm; a comparison needs two")
+                raise ValueError(f"{', '.join(names)} is one arm; a comparison needs two")
             if half_width is None:
                 answer = answer_of(run(specs, seeds), to_compare)
             else:
@@ -94,29 +93,20 @@ def compare(
 @click.option("--metric", type=click.Choice(ACCURACIES), default="tta_accuracy", show_default=True)
 @json_option
 @click.pass_obj
-def match_epochs(
-    context: CliContext,
-    base: str,
-    other: str,
-    seeds: range,
-    options: RunOptions,
-    step: int,
-    metric: str,
-    json_path: Path | None,
-) -> None:
+def match_epochs(context: CliContext, base: str, other: str, seeds: range, options: RunOptions, **asked: Any) -> None:
     """Expresses a gain in epochs: drops epochs of OTHER until it is no better than BASE, which keeps its own.
 
     --epochs is the number of epochs of BASE and the first of OTHER.
     """
-    console = report.make_console()
-    specs, driver = make_jobs(context, (base, other), options, console)
-    run = functools.partial(_run, options=options, context=context, console=console, driver=driver, compiled={})
+    console = view.make_console()
+    specs, settings = make_specs(context, (base, other), options, console), options.settings(context)
+    run = functools.partial(_run, settings=settings, programs={}, view=view.RunView(console))
     if len(specs) != 2:
         raise click.UsageError(f"{base} and {other} stand for {len(specs)} recipes; give two")
     (base_name, base_spec), (name, spec) = specs.items()
 
     def shorter() -> Iterator[Arm]:
-        for most in range(math.ceil(spec.recipe.num_epochs), 0, -step):
+        for most in range(math.ceil(spec.recipe.num_epochs), 0, -asked["step"]):
             try:
                 recipe = dataclasses.replace(spec.recipe, num_epochs=min(most, spec.recipe.num_epochs))  # 9.9, then 9
             except ValueError as error:
@@ -127,29 +117,22 @@ def match_epochs(
 
     with usage_errors():
         [base_arm] = run({base_name: base_spec}, seeds)
-        for answer in match(base_arm, shorter(), CompareOptions(metric=metric)):
+        for answer in match(base_arm, shorter(), CompareOptions(metric=asked["metric"])):
             last = answer["differences"][-1]
             console.print(f"{last['of']} against {base_name}: {_size(last, answer)}", soft_wrap=True)
     equal = equal_epochs(answer)
     parts = (*render_comparison(answer), equal_text(answer, equal, name))
-    _finish({**answer, "equal": equal and equal._asdict()}, parts, json_path, console)
+    _finish({**answer, "equal": equal and equal._asdict()}, parts, asked["json_path"], console)
 
 
-def _run(specs, seeds, options, context, console, driver, compiled) -> list[Arm]:
+def _run(specs, seeds, settings, programs, view) -> list[Arm]:
     """The runs of some recipes, seed by seed in alternating order; those on record are not repeated."""
-    runs.make_folders(specs.values(), options.out)
-    make = functools.partial(
-        runs.make_runner,
-        ended=[],
-        console=console,
-        out=options.out,
-        driver=driver,
-        arguments=context.arguments,
-        rerun=options.rerun,
-        checkpoints=options.checkpoint,
-        compiled=compiled,
-    )
-    found = runs.run_in_turn({name: make(spec) for name, spec in specs.items()}, seeds)
+    make_folders(specs.values(), settings)
+    found: dict[str, list[Record]] = {name: [] for name in specs}
+    names = {id(spec): name for name, spec in specs.items()}
+    for event in view.show(run_all(list(specs.values()), seeds, settings, programs, view.on_steps)):
+        if record := record_of(event):
+            found[names[id(event.spec)]].append(record)
     return [Arm(name, tuple(of_arm)) for name, of_arm in found.items()]
 
 
@@ -164,16 +147,9 @@ def _answer(arms: Sequence[Arm], options: CompareOptions, mixed: bool, console: 
     return comparison.compare(arms, options)
 
 
-def _compare_until(
-    half_width: float,
-    max_seeds: int,
-    run: Callable[[Iterable[int]], list[Arm]],
-    answer_of: Callable[[Sequence[Arm], CompareOptions], Answer],
-    options: CompareOptions,
-    console: Console,
-) -> Answer:
+def _compare_until(half_width, max_seeds, run, answer_of, options, console) -> Answer:
     """Compares after each block of seeds, so that the intervals of all looks hold together at `options.confidence`."""
-    found: dict[str, tuple[Record, ...]] = {}
+    found: dict[str, tuple] = {}
     count = 0
     for look in itertools.count(1):
         seeds = range(count, min(FIRST_LOOK + BLOCK * (look - 1), max_seeds))
@@ -199,8 +175,8 @@ def _load_arms(context: CliContext, names: Sequence[str], options: RunOptions) -
         if not changes and "*" not in name:
             arms[text] = load(text)
             continue
-        experiments = discover.resolve((name,), context.folder)
-        for experiment, variant in itertools.product(experiments, variants(options.sweeps)):
+        declared = experiments.resolve((name,), context.folder)
+        for experiment, variant in itertools.product(declared, variants(options.sweeps)):
             recipe, assignments = experiment.recipe, (*options.assignments, *variant)
             if changes:
                 recipe = change(recipe, assignments, options.epochs, options.width, options.dtype)
@@ -208,7 +184,7 @@ def _load_arms(context: CliContext, names: Sequence[str], options: RunOptions) -
             arm = comparison.arm_name(framework, recipe.name, variant)
             arms[arm] = load(f"{framework}:{recipe.name}" + f"@{prefix}" * bool(prefix))._replace(name=arm)
     if len(arms) < 2:
-        raise ValueError(f"{', '.join(names)} is a single arm; a comparison needs two")
+        raise ValueError(f"{', '.join(names)} is one arm; a comparison needs two")
     return list(arms.values())
 
 
@@ -216,7 +192,7 @@ def _finish(found: Answer, parts: Iterable[str | Table], json_path: Path | None,
     for part in parts:
         console.print(part, soft_wrap=isinstance(part, str))
     if json_path:
-        records.write_text(json_path, records.dumps(found))
+        files.write_text(json_path, files.dumps(found))
 
 
 def render_comparison(answer: Answer) -> Iterator[str | Table]:
@@ -251,10 +227,10 @@ def render_comparison(answer: Answer) -> Iterator[str | Table]:
     for d in answer["differences"]:
         yield verdict_text(d, answer)
     if unfinished := sum(arm["diverged"] + arm["crashed"] for arm in answer["arms"]):
-        yield f"{unfinished} runs did not finish; the means are of the others, and too favourable to their arms"
+        yield f"{unfinished} runs did not finish; the means leave them out, which favours their arms"
 
 
-def equal_text(answer: Answer, equal: stats.Crossing | None, name: str) -> str:
+def equal_text(answer: Answer, equal: Crossing | None, name: str) -> str:
     """The number of epochs at which the recipe `name`, shortened, equals the first arm."""
     base, *others = answer["arms"]
     epochs = [arm["num_epochs"] for arm in others]
@@ -273,9 +249,8 @@ def equal_text(answer: Answer, equal: stats.Crossing | None, name: str) -> str:
 
 def verdict_text(d: dict[str, Any], answer: Answer) -> str:
     """One sentence for one difference of an answer."""
-    unit, runs_text = _unit(answer), "{:,} runs per arm (80 % power)".format
+    unit, size, runs_text = _unit(answer), _size(d, answer), "{:,} runs per arm (80 % power)".format
     text = f"{d['of']} against {d['against']}: "
-    size = _size(d, answer)
     if d["verdict"] == "none shown":
         several = f" after correction for {len(answer['differences'])} comparisons"
         excludes_0 = not d["low"] <= 0 <= d["high"]
@@ -293,11 +268,11 @@ def verdict_text(d: dict[str, Any], answer: Answer) -> str:
 
 
 def _table(left: Sequence[str], right: Sequence[str]) -> Table:
-    return report.make_table(*left, *((name, "right") for name in right))
+    return view.make_table(*left, *((name, "right") for name in right))
 
 
 def _size(d: dict[str, Any], answer: Answer) -> str:
-    return f"{d['estimate']:+.2f}{_unit(answer)} ({_interval(d)})"
+    return f"{d['estimate']:+.2f}{_unit(answer)} ({_level(answer)} interval {_interval(d)})"
 
 
 def _interval(found: dict[str, Any], form: str = "+.2f") -> str:
@@ -315,4 +290,4 @@ def _unit(answer: Answer) -> str:
 def _made_on(arm: dict[str, Any]) -> str:
     """ "digits, 1,437 training and 360 test images; 2-core CPU; python 3.11, jax 0.10.2"."""
     versions = ", ".join(f"{name} {version}" for name, version in arm["versions"].items())
-    return f"{comparison.data_text(arm['data'])}; {report.device_text(arm['device'])}; {versions}"
+    return f"{comparison.data_text(arm['data'])}; {view.device_text(arm['device'])}; {versions}"

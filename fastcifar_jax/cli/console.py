@@ -3,30 +3,34 @@
 import contextlib
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 from rich import box
 from rich.console import Console, JustifyMethod
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from fastcifar_jax.functions import steps_of_epochs
 from fastcifar_jax.recipe import Published, Recipe, difference, flatten
 from fastcifar_jax.report.text import device_text, percent, published_percent
 from fastcifar_jax.runs.records import Record
-from fastcifar_jax.train import steps_of_epochs
+from fastcifar_jax.runs.runner import Event, Existing, LoadedData, RunSpec
 from fastcifar_jax.types import EpochInfo
 
-OnEpoch = Callable[[EpochInfo], None]
-OnStep = Callable[[int, int, Any], None]
-OnCompiled = Callable[[float], None]
+LINE_SECONDS = 30  # between two lines of progress where there is no terminal
+
+EPOCH_HEADER = f"{'epoch':>5}" + "".join(
+    f"{name:>10}" for name in ("train s", "loss", "accuracy", "test", "TTA", "images/s")
+)
 
 
 def make_console() -> Console:
-    """Standard output; plain text, and wide enough for every table, where it is no terminal."""
+    """Standard output; where it is not a terminal, plain text wide enough for every table."""
     width = None if sys.stdout.isatty() else 160
     return Console(markup=False, emoji=False, highlight=False, width=width)
 
@@ -59,27 +63,27 @@ def details(recipe: Recipe, predecessor: Recipe | None) -> Iterator[str | Table]
         yield changes if changes.rows else "  none in training"
 
     size = size_of(recipe, 10)
-    yield f"{size.trained:,} trained and {size.frozen:,} frozen parameters (10 classes)"
+    yield f"{size.trained:,} trained and {size.constant:,} constant parameters (10 classes)"
     yield f"{size.macs:,} multiply-accumulates in the forward pass of one 32x32 image"
     if recipe.published != Published():
         yield published_line(recipe)
 
 
 class Size(NamedTuple):
-    """Of a network."""
+    """Size of a network."""
 
     trained: int  # parameters
-    frozen: int  # parameters
+    constant: int  # parameters
     macs: int  # multiply-accumulates of the forward pass of one image of 32x32
 
 
 def size_of(recipe: Recipe, num_classes: int) -> Size:
     """The size of a recipe's network, from shapes alone."""
-    model = recipe.model(num_classes, "float32")  # of no consequence here
+    model = recipe.model(num_classes, "float32")  # the dtype makes no difference here
     images = jax.ShapeDtypeStruct((recipe.batch_size, 32, 32, 3), jnp.float32)
     variables = jax.eval_shape(model.init, jax.eval_shape(lambda: jax.random.key(0)), images)
-    trained, frozen = (sum(leaf.size for leaf in jax.tree.leaves(variables[name])) for name in ("params", "constants"))
-    return Size(trained, frozen, sum(jax.tree.leaves(model.macs(variables, images))))
+    count = lambda collection: sum(leaf.size for leaf in jax.tree.leaves(variables[collection]))
+    return Size(count("params"), count("constants"), sum(jax.tree.leaves(model.macs(variables, images))))
 
 
 def published_line(recipe: Recipe) -> str:
@@ -94,6 +98,15 @@ def published_line(recipe: Recipe) -> str:
     return f"published for {recipe.name}: {', '.join(parts) or 'no figures'} ({published.source})"
 
 
+def data_line(data: LoadedData, device: dict[str, Any]) -> str:
+    """One line about a data set that was put on the device."""
+    info = data.info
+    return (
+        f"{info.source}: {info.train:,} training and {info.test:,} test images, {len(info.classes)} classes; "
+        f"{data.transfer_seconds:.2f} s to the device: {device_text(device)}"
+    )
+
+
 def seed_line(arm: str, record: Record) -> str:
     """The summary of one run of an arm."""
     label = f"{arm}, seed {record.seed}"
@@ -104,9 +117,16 @@ def seed_line(arm: str, record: Record) -> str:
     result = record.result or {}
     return (
         f"{label}: test {percent(result['test_accuracy'])}, TTA {percent(result['tta_accuracy'])}; "
-        f"{result['train_seconds']:.2f} s training, {result['compile_seconds']:.2f} s compiling apart; "
-        f"{result['images_per_second']:,.0f} images/s; {record.data['source']}; {device_text(record.device)}"
+        f"{result['train_seconds']:.2f} s training, {result['compile_seconds']:.2f} s compiling (not included); "
+        f"{result['images_per_second']:,.0f} images/s; {record.provenance.data['source']}; "
+        f"{device_text(record.provenance.device)}"
     )
+
+
+def existing_line(arm: str, existing: Existing) -> str:
+    """The summary of a run that is on record already."""
+    differs = f", with different {', '.join(existing.differs)}" if existing.differs else ""
+    return f"{seed_line(arm, existing.record)} (on record{differs}; --rerun repeats it)"
 
 
 def seeds_line(arm: str, records: Sequence[Record]) -> str:
@@ -118,74 +138,99 @@ def seeds_line(arm: str, records: Sequence[Record]) -> str:
     return f"{arm}: n = {len(records)}; mean {'; '.join(texts)} (sample standard deviation)"
 
 
-def counts_line(records: Sequence[Record], asked: int, skipped: int) -> str:
-    """How the seeds of one command ended, and how many were asked for."""
-    count = lambda status: sum(record.status == status for record in records)
+def arm_lines(spec: RunSpec, records: Sequence[Record]) -> Iterator[str]:
+    """The summary of an arm's runs, and its published figures if the runs can be compared with them."""
+    finished = [record for record in records if record.status == "finished"]
+    if len(finished) > 1:
+        yield seeds_line(spec.arm, finished)
+    if spec.matches_published and spec.recipe.published.accuracy is not None:
+        yield published_line(spec.recipe)
+
+
+def counts_line(ended: Sequence[Existing | Record], requested: int) -> str:
+    """How the seeds of one command ended, and how many were requested."""
+    statuses = [end.record.status if isinstance(end, Existing) else end.status for end in ended]
     return (
-        f"{len(records)} of {asked} seeds: {count('finished')} finished, {count('diverged')} diverged, "
-        f"{count('crashed')} crashed; {skipped} skipped because on record"
+        f"{len(ended)} of {requested} seeds: {statuses.count('finished')} finished, "
+        f"{statuses.count('diverged')} diverged, {statuses.count('crashed')} crashed; "
+        f"{sum(isinstance(end, Existing) for end in ended)} skipped because on record"
     )
 
 
-@contextlib.contextmanager
-def watch(
-    console: Console, label: str, recipe: Recipe, num_train: int, *, compiles: bool, each_step: bool
-) -> Iterator[tuple[OnEpoch, OnStep | None, OnCompiled]]:
-    """Shows a run while it lasts: its epoch table, and on a terminal a bar below it.
+class RunView:
+    """Shows runs while they last: messages, epoch tables and the progress of the current epoch."""
 
-    Args:
-      console: where to.
-      label: of the run.
-      recipe: what is run.
-      num_train: number of training images.
-      compiles: whether the run begins by compiling.
-      each_step: whether the bar may be told of every step, for which the device has to be waited for.
+    def __init__(self, console: Console):
+        """Shows progress on `console` as a bar if it is a terminal, else as a line at most every `LINE_SECONDS`."""
+        self.console = console
+        columns = (*(TextColumn(f"{{task.{field}}}", markup=False) for field in ("description", "fields[rest]")),)
+        self._progress = Progress(columns[0], BarColumn(), columns[1], console=console, transient=True)
+        self._label, self._batch_size, self._steps = "", 0, [0]  # of the run; steps of each of its epochs
+        self._began = self._printed = 0.0  # the current epoch, the last line
+        self._compiled = False  # in this run
 
-    Yields:
-      `on_epoch`, `on_step` and `on_compiled` of a training function.
-    """
-    of_epochs = steps_of_epochs(recipe, num_train // recipe.batch_size)
-    begins = "compiling" if compiles else "training"
+    def show(self, events: Iterable[Event], seeds: bool = False) -> Iterator[Event]:
+        """The events, each after it was shown.
 
-    def print_row(info):
-        if info.epoch == 1:
-            console.print(Text(EPOCH_HEADER, style="bold"), soft_wrap=True)
-        console.print(
-            epoch_row(info, of_epochs[info.epoch - 1] * recipe.batch_size / info.train_seconds), soft_wrap=True
-        )
+        Args:
+          events: of `run_all` or `run_together`.
+          seeds: whether several seeds train at the same time, so that each row names its own.
+        """
+        with self._progress if self.console.is_terminal else contextlib.nullcontext():
+            for event in events:
+                self._show(event, seeds)
+                yield event
 
-    if not console.is_terminal:
-        console.print(f"{label}: {begins}", soft_wrap=True)
-        yield print_row, None, lambda seconds: None
-        return
+    def on_steps(self, epoch: int, step: int) -> None:
+        """Shows that `step` steps of an epoch are done."""
+        now = time.perf_counter()
+        done, total = sum(self._steps[: epoch - 1]) + step, sum(self._steps)
+        rate = step / (now - self._began)
+        rest = f"step {done:,} of {total:,}, {rate * self._batch_size:,.0f} images/s, {_left((total - done) / rate)}"
+        label = f"{self._label}: epoch {epoch} of {len(self._steps)}"
+        if self.console.is_terminal:
+            self._bar(label, rest, total=total, completed=done)
+        elif now - self._printed > LINE_SECONDS:
+            self._print(f"{label}, {rest}")
 
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, refresh_per_second=4) as progress:
-        task = progress.add_task(f"{label}: {begins}", total=None)
+    def _show(self, event: Event, seeds: bool):
+        spec, seed, news = event
+        self._label, self._batch_size = f"{spec.arm}, seed {seed}", spec.recipe.batch_size
+        self._steps = steps_of_epochs(spec.recipe, spec.data.info.train // self._batch_size)
+        self._began = time.perf_counter()
+        header = Text(EPOCH_HEADER, style="bold")
+        if isinstance(news, EpochInfo):
+            if news.epoch == 1 and not seeds:
+                self._print(header)
+            rate = self._steps[news.epoch - 1] * self._batch_size / news.train_seconds
+            self._print(epoch_row(news, rate) + f"   seed {seed}" * seeds)
+        elif isinstance(news, str):
+            phase, self._compiled = news in ("compiling", "training"), news == "compiling" or self._compiled
+            if phase and self.console.is_terminal:
+                self._bar(f"{self._label}: {news}")
+            elif news != "training" or not self._compiled:  # one line is enough
+                self._print(f"{self._label}: {news}")
+            if seeds:
+                self._print(header)
+        else:
+            self._compiled = False
+            for task in self._progress.task_ids:
+                self._progress.remove_task(task)
+            self._print(seed_line(spec.arm, news) if isinstance(news, Record) else existing_line(spec.arm, news))
 
-        def on_step(epoch, step, totals):
-            del totals
-            progress.update(
-                task,
-                description=f"{label}: epoch {epoch} of {recipe.num_epochs}",
-                total=sum(of_epochs),
-                completed=sum(of_epochs[: epoch - 1]) + step,
-            )
+    def _bar(self, label, rest="", **update):
+        if not self._progress.task_ids:
+            self._progress.add_task("", total=None, rest="")
+        self._progress.update(self._progress.task_ids[0], description=label, rest=rest, **update)
 
-        def on_epoch(info):
-            print_row(info)
-            on_step(info.epoch, of_epochs[info.epoch - 1], None)
-
-        yield (
-            on_epoch,
-            on_step if each_step else None,
-            lambda seconds: progress.update(task, description=f"{label}: training"),
-        )
+    def _print(self, line):
+        self._printed = time.perf_counter()
+        self.console.print(line, soft_wrap=True)
 
 
-EPOCH_HEADER = f"{'epoch':>5}" + "".join(
-    f"{name:>10}" for name in ("train s", "loss", "accuracy", "test", "TTA", "images/s")
-)
+def _left(seconds: float) -> str:
+    """ "5 min left"."""
+    return f"{seconds / 60:.0f} min left" if seconds >= 90 else f"{seconds:.0f} s left"
 
 
 def epoch_row(info: EpochInfo, images_per_second: float) -> str:

@@ -10,20 +10,19 @@ from sklearn.metrics import confusion_matrix
 from fastcifar_jax.analysis.calibration import measure
 from fastcifar_jax.cli import console as report
 from fastcifar_jax.cli.options import CliContext, json_option, usage_errors
-from fastcifar_jax.data.load import load
-from fastcifar_jax.data.readers import DataError, as_data_error, bounded_bytes, decode_image
-from fastcifar_jax.ops import conv
-from fastcifar_jax.runs import experiments as discover
-from fastcifar_jax.runs import records
-from fastcifar_jax.runs import saved_model as saved
-from fastcifar_jax.runs.saved_model import SavedModel
+from fastcifar_jax.data.checks import DataError, as_data_error, read_bounded
+from fastcifar_jax.data.image_folder import decode_image
+from fastcifar_jax.data.load import hash_of, load_data
+from fastcifar_jax.ops import backend
+from fastcifar_jax.runs import experiments, files
+from fastcifar_jax.runs.saved_model import SavedModel, load_model
 
 MAX_FILE = 32 << 20  # bytes of an image file
-TOP = 3  # classes shown for an image
-MAX_SHOWN = 20  # classes of a confusion table that fits a page
+TOP = 3  # classes shown per image
+MAX_SHOWN = 20  # classes in a confusion table that fits on a page
 
 recipe_option = click.option(
-    "--recipe", "recipe_name", metavar="NAME", help="Where the network is a class of your own."
+    "--recipe", "recipe_name", metavar="NAME", help="A recipe with the classes of your own that the model needs."
 )
 path_argument = click.argument("path", type=click.Path(path_type=Path))
 
@@ -31,7 +30,7 @@ path_argument = click.argument("path", type=click.Path(path_type=Path))
 @click.command()
 @path_argument
 @click.argument("images", metavar="IMAGE...", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--resize", is_flag=True, help="Cut images of another size to the right shape and scale them.")
+@click.option("--resize", is_flag=True, help="Crop and scale images of another size.")
 @recipe_option
 @json_option
 @click.pass_obj
@@ -43,20 +42,18 @@ def predict(
     recipe_name: str | None,
     json_path: Path | None,
 ) -> None:
-    """Shows the likeliest classes of PNG and JPEG images, by the model at PATH that `run --save` has written."""
+    """Shows the most probable classes of PNG and JPEG images, given the model at PATH that `run --save` wrote."""
     model = _load(invocation, path, recipe_name)
     with usage_errors():
         pixels = np.stack([read_image(image, model.image_shape, resize) for image in images])
         probabilities = model.predict(pixels)
     table = report.make_table("image", *(f"class {i}" for i in range(1, 1 + min(TOP, len(model.classes)))))
     for image, row in zip(images, probabilities, strict=True):
-        likeliest = np.argsort(-row, kind="stable")[:TOP]
-        table.add_row(str(image), *(f"{model.classes[i]} {report.percent(row[i])}" for i in likeliest))
+        top = np.argsort(-row, kind="stable")[:TOP]
+        table.add_row(str(image), *(f"{model.classes[i]} {report.percent(row[i])}" for i in top))
     report.make_console().print(table)
-    if json_path:
-        rows = [[float(value) for value in row] for row in probabilities]
-        answer = {"classes": model.classes, "images": list(map(str, images)), "probabilities": rows}
-        records.write_text(json_path, records.dumps({**_origin(path, model), **answer}))
+    answer = {"images": list(map(str, images)), "probabilities": probabilities.tolist()}
+    _write_json(json_path, path, model, {"classes": model.classes, **answer})
 
 
 @click.command()
@@ -74,88 +71,77 @@ def evaluate(
     recipe_name: str | None,
     json_path: Path | None,
 ) -> None:
-    """Tests the model at PATH, which `run --save` has written, on the test images of a data set.
+    """Evaluates the model at PATH, which `run --save` wrote, on the test images of a data set.
 
-    Shown are accuracy, cross-entropy (of the labels themselves, whatever the loss in training was), expected
-    calibration error and confusion table.
+    Shows accuracy, cross-entropy (without label smoothing, whatever the training loss), expected calibration error and
+    the confusion table.
     """
     model = _load(invocation, path, recipe_name)
     console = report.make_console()
     with usage_errors():
-        dataset, info = load(source)
+        dataset, info = load_data(source)
         pixels, labels = (np.asarray(array)[:limit_test] for array in dataset[2:])
         if limit_test and len(labels) < limit_test:
             raise DataError(f"limit_test is {limit_test}; {source} has {len(labels)} test images: give fewer")
         if len(info.classes) > len(model.classes):
-            raise DataError(
-                f"{source} has {len(info.classes)} classes, the model {len(model.classes)}; give other data"
-            )
+            counts = f"{len(info.classes)} classes, the model {len(model.classes)}"
+            raise DataError(f"{source} has {counts}; give other data")
         plain, views = model.logits(pixels)
     measured = {"plain": measure(plain, labels), "tta": measure(views, labels)}
-    known = saved.hash_of(pixels, labels) == model.test_hash
+    on_record = hash_of(pixels, labels) == model.test_hash
     confusion = confusion_matrix(labels, views.argmax(-1), labels=range(len(model.classes)))
 
-    console.print(
-        f"{model.experiment}, seed {model.seed}; on record: test {report.percent(model.test_accuracy)}, TTA "
-        f"{report.percent(model.tta_accuracy)} ({model.data_source}; {'the same' if known else 'other'} test images)",
-        soft_wrap=True,
-    )
+    recorded = f"test {report.percent(model.test_accuracy)}, TTA {report.percent(model.tta_accuracy)}"
+    same = f"{'the same' if on_record else 'other'} test images"
+    run = f"{model.recipe.name}, seed {model.seed}"
+    console.print(f"{run}; on record: {recorded} ({model.data_source}; {same})", soft_wrap=True)
     if info.classes != model.classes:
-        console.print(f"warning: {source} names its classes otherwise than the model", soft_wrap=True)
+        console.print(f"warning: {source} names its classes differently than the model does", soft_wrap=True)
     table = report.make_table(f"{len(labels):,} images", *((name, "right") for name in measured["plain"]))
     for name, values in measured.items():
         accuracy, *others = values.values()
         table.add_row({"tta": "with TTA"}.get(name, name), report.percent(accuracy), *(f"{x:.4f}" for x in others))
     console.print(table)
     _show_confusion(confusion, model.classes, console)
-    if json_path:
-        answer = {
-            "source": source,
-            "data_hash": info.hash,
-            "test_images": len(labels),
-            "test_images_on_record": known,
-            **measured,
-            "classes": model.classes,
-            "confusion": confusion.tolist(),
-        }
-        records.write_text(json_path, records.dumps({**_origin(path, model), **answer}))
+    counts = {"source": source, "data_hash": info.hash, "test_images": len(labels), "test_images_on_record": on_record}
+    confusions = {"classes": model.classes, "confusion": confusion.tolist()}
+    _write_json(json_path, path, model, {**counts, **measured, **confusions})
 
 
 def read_image(path: Path, shape: tuple[int, int, int], resize: bool) -> np.ndarray:
-    """A PNG or JPEG file as uint8 `[height, width, 3]`.
+    """An untrusted PNG or JPEG file as uint8 `[height, width, 3]`.
 
     Args:
-      path: of the file, which is treated as untrusted.
+      path: of the file.
       shape: height, width and channels of the result.
-      resize: cut the centre out of an image of another size, and scale it; turn a photograph as its camera was held.
+      resize: crop the centre of an image of another size and scale it; apply the orientation that the file states.
 
     Raises:
-      DataError: the file is too large, damaged, no image, or of another size than `shape`.
+      DataError: the file is too large, damaged, not an image, or of another size than `shape`.
     """
     height, width, channels = shape
     if channels != 3:
-        raise DataError(f"the model takes images of {channels} channels; image files give three: use its predict")
+        raise DataError(
+            f"the model takes images of {channels} channels; image files have three: use SavedModel.predict"
+        )
     with as_data_error(path):
-        return decode_image(bounded_bytes(path, MAX_FILE), path, width, height, resize, "resize it, or give --resize")
+        return decode_image(read_bounded(path, MAX_FILE), path, width, height, resize, "resize it, or give --resize")
 
 
 def _load(invocation: CliContext, path: Path, recipe_name: str | None) -> SavedModel:
     with usage_errors():
-        conv.configure_cpu()  # before anything asks JAX for a device
-        found = discover.resolve((recipe_name,), invocation.folder) if recipe_name else []
+        backend.configure_cpu()  # before anything asks JAX for a device
+        found = experiments.resolve((recipe_name,), invocation.folder) if recipe_name else []
         if len(found) > 1:
             raise ValueError(f"{recipe_name} declares {len(found)} recipes; give one")
-        return saved.load(path, recipe=found[0].recipe if found else None)
+        return load_model(path, found[0].recipe if found else None)
 
 
-def _origin(path: Path, model: SavedModel) -> dict[str, Any]:
-    return {
-        "model": str(path),
-        "experiment": model.experiment,
-        "seed": model.seed,
-        "recipe_hash": model.recipe_hash,
-        "recorded": {"test_accuracy": model.test_accuracy, "tta_accuracy": model.tta_accuracy},
-    }
+def _write_json(json_path: Path | None, path: Path, model: SavedModel, answer: dict[str, Any]) -> None:
+    if json_path:
+        recorded = {"test_accuracy": model.test_accuracy, "tta_accuracy": model.tta_accuracy}
+        run = {"experiment": model.recipe.name, "seed": model.seed, "recipe_hash": model.recipe.hash}
+        files.write_text(json_path, files.dumps({"model": str(path), **run, "recorded": recorded, **answer}))
 
 
 def _show_confusion(confusion, classes, console) -> None:
@@ -165,7 +151,7 @@ def _show_confusion(confusion, classes, console) -> None:
         for name, row in zip(classes, confusion, strict=True):
             table.add_row(name, *map(str, row))
     else:
-        console.print(f"the {MAX_SHOWN} commonest confusions, with TTA (all of them: --json)")
+        console.print(f"the {MAX_SHOWN} most frequent confusions, with TTA (all: --json)")
         table = report.make_table("true", "predicted", ("images", "right"))
         wrong = confusion * (1 - np.eye(len(classes), dtype=int))
         for i in np.argsort(-wrong, axis=None, kind="stable")[:MAX_SHOWN]:

@@ -15,14 +15,13 @@ import click
 from rich.console import Console
 
 from fastcifar_jax.analysis.compare import arm_name, parse_arm
+from fastcifar_jax.cli.console import data_line
+from fastcifar_jax.functions import check_trainable
 from fastcifar_jax.models.base import PRECISIONS
-from fastcifar_jax.ops import conv
-from fastcifar_jax.ops.conv import Driver
+from fastcifar_jax.ops import backend
 from fastcifar_jax.recipe import change, resolve_dtype
-from fastcifar_jax.runs import experiments as discover
-from fastcifar_jax.runs import runner as runs
-from fastcifar_jax.runs.runner import RunSpec
-from fastcifar_jax.train import check
+from fastcifar_jax.runs import experiments, provenance, runner
+from fastcifar_jax.runs.runner import LoadedData, RunSettings, RunSpec
 
 MAX_ARMS = 10_000  # of a sweep
 
@@ -44,10 +43,14 @@ class RunOptions(NamedTuple):
     dtype: str | None
     assignments: tuple[str, ...]
     sweeps: tuple[str, ...]
-    driver: Driver | None
     out: Path
     rerun: bool
     checkpoint: bool
+    save: bool
+
+    def settings(self, context: CliContext) -> RunSettings:
+        """How runs are made and kept."""
+        return RunSettings(self.out, context.arguments, self.rerun, self.checkpoint, self.save)
 
 
 # Options that several commands have.
@@ -75,10 +78,10 @@ def run_options(command: Callable) -> Callable:
 
     folder = click.Path(file_okay=False, path_type=Path)
     for option in (
-        click.option("--checkpoint", is_flag=True, help="Save the state every epoch; go on from it if killed."),
+        click.option("--save", is_flag=True, help="Also keep the trained models, beside their records."),
+        click.option("--checkpoint", is_flag=True, help="Save the state every epoch; continue from it if killed."),
         click.option("--rerun", is_flag=True, help="Also run what is on record as finished or diverged."),
         click.option("--out", type=folder, default="runs", show_default=True, help="Folder of the records."),
-        click.option("--driver", type=click.Choice(("python", "scan")), help="The training loop; default by platform."),
         click.option("--sweep", "sweeps", multiple=True, metavar="NAME=V,V", help="An arm for each value; repeats."),
         set_option,
         click.option("--dtype", type=click.Choice(tuple(PRECISIONS)), help="The compute dtype; default by platform."),
@@ -153,45 +156,51 @@ def usage_errors(name: str = "") -> Iterator[None]:
         raise click.UsageError(f"{name}: {error}".removeprefix(": ")) from error
 
 
-def make_jobs(
-    invocation: CliContext, names: Sequence[str], options: RunOptions, console: Console
-) -> tuple[dict[str, RunSpec], Driver]:
-    """The recipes that arms stand for, changed by the options and checked against their data; and the driver.
+def make_specs(context: CliContext, names: Sequence[str], options: RunOptions, console: Console) -> dict[str, RunSpec]:
+    """The recipes that arms stand for, changed by the options and checked against their data, by the arms' names.
 
     Args:
-      invocation: of the command.
-      names: arms as `comparison.parse_arm` takes them, without hashes.
+      context: of the command.
+      names: arms as `parse_arm` takes them, without hashes.
       options: of the command.
-      console: tells which data are loaded.
+      console: shows which data are loaded.
 
     Raises:
       click.UsageError: names, values or data that cannot be used.
     """
     with usage_errors():
-        conv.configure_cpu()  # before anything asks JAX for a device
-    load_once = functools.cache(lambda source: runs.load_data(source, options.limit_train, console))
-    jobs: dict[str, RunSpec] = {}
+        backend.configure_cpu()  # before anything asks JAX for a device
+    load_once = functools.cache(lambda source: load_data(source, options.limit_train, console))
+    specs: dict[str, RunSpec] = {}
     with usage_errors():
         parsed = [parse_arm(text) for text in names]
         if options.checkpoint and any(framework == "torch" for framework, _, _ in parsed):
             raise ValueError("torch: arms have no checkpoints; leave out --checkpoint, or run them by themselves")
-        found = [discover.resolve((name,), invocation.folder) for _, name, _ in parsed]  # all, before data are loaded
-        for (framework, _, _), experiments in zip(parsed, found, strict=True):
+        found = [experiments.resolve((name,), context.folder) for _, name, _ in parsed]  # all, before data are loaded
+        for (framework, _, _), declared in zip(parsed, found, strict=True):
             twin = torch_twin() if framework == "torch" else None
-            for experiment, variant in itertools.product(experiments, variants(options.sweeps)):
+            for experiment, variant in itertools.product(declared, variants(options.sweeps)):
                 arm = arm_name(framework, experiment.recipe.name, variant)
                 assignments = (*options.assignments, *variant)
                 with usage_errors(arm):
                     recipe = change(experiment.recipe, assignments, options.epochs, options.width, options.dtype)
                 data = load_once(options.data or os.environ.get("FASTCIFAR_DATA") or experiment.data or "cifar10")
                 with usage_errors(arm):
-                    check(recipe, len(data.info.classes), data.dataset)
+                    check_trainable(recipe, len(data.info.classes), data.dataset)
                     if twin:
-                        twin.make_train(recipe, len(data.info.classes))
+                        twin.check_trainable(recipe)
                 whole = data.info.source == "cifar10" and options.limit_train is None
                 matches_published = whole and recipe == resolve_dtype(experiment.recipe)
-                jobs.setdefault(arm, RunSpec(arm, recipe, experiment.path, matches_published, data, twin))
-    return jobs, options.driver or conv.default_driver()
+                specs.setdefault(arm, RunSpec(arm, recipe, experiment.path, matches_published, data, twin))
+    return specs
+
+
+def load_data(source: str, limit_train: int | None, console: Console) -> LoadedData:
+    """A data set on the device; says so on the console."""
+    console.print(f"loading {source}", soft_wrap=True)
+    data = runner.load_data(source, limit_train)
+    console.print(data_line(data, provenance.device()), soft_wrap=True)
+    return data
 
 
 def torch_twin() -> ModuleType:

@@ -13,19 +13,19 @@ from fastcifar_jax.cli.options import (
     data_option,
     epochs_option,
     limit_train_option,
+    load_data,
     set_option,
     usage_errors,
     width_option,
 )
 from fastcifar_jax.models.activations import Celu, Gelu, Relu
-from fastcifar_jax.ops import conv
+from fastcifar_jax.ops import backend
 from fastcifar_jax.recipe import Recipe, change
 from fastcifar_jax.report import figures, plot_data, run_figures
 from fastcifar_jax.report.drawing import render
 from fastcifar_jax.report.network import draw, layers_of
 from fastcifar_jax.runs import experiments as discover
-from fastcifar_jax.runs import records
-from fastcifar_jax.runs import runner as runs
+from fastcifar_jax.runs import files, records
 from fastcifar_jax.runs.runner import LoadedData
 from fastcifar_jax.train import Diverged
 
@@ -89,12 +89,6 @@ def activations(out: Path) -> None:
     _save(out, figures.activations, {"ReLU": Relu(), **celus, "GELU": Gelu()})
 
 
-@plot.command(hidden=True, context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
-def celu() -> None:
-    """The former name of `activations`."""
-    raise click.UsageError("plot celu is now plot activations")
-
-
 @plot.command()
 @click.argument("names", metavar="[NAME]...", nargs=-1)
 @epochs_option
@@ -123,7 +117,7 @@ def schedule(invocation: CliContext, names: Sequence[str], out: Path, **options:
 def bn_dynamics(invocation: CliContext, name: str, out: Path, **options: Any) -> None:
     """Trains recipe NAME (default: ghost_norm) and shows scales and biases of its norms after each epoch."""
     with usage_errors():
-        conv.configure_cpu()
+        backend.configure_cpu()
     recipe, loaded = _with_data(invocation, name, **options)
     records.make_folder(out.parent)
     console = report.make_console()
@@ -194,9 +188,9 @@ def _with_data(
     recipe, default = _recipe(invocation, name, **options)
     with usage_errors():
         source = data or os.environ.get("FASTCIFAR_DATA") or default
-        return recipe, runs.load_data(source, limit_train, report.make_console())
+        return recipe, load_data(source, limit_train, report.make_console())
 
 
 def _save(out: Path, figure: Callable, *arguments) -> None:
-    records.write_bytes(out, render(figure, *arguments, form=out.suffix[1:]))
+    files.write_bytes(out, render(figure, *arguments, form=out.suffix[1:]))
     click.echo(f"wrote {out}")

@@ -9,7 +9,7 @@ from fastcifar_jax.report import html as page
 from fastcifar_jax.report import tables
 from fastcifar_jax.report.text import counted
 from fastcifar_jax.runs import experiments as discover
-from fastcifar_jax.runs import records
+from fastcifar_jax.runs import files, records
 
 
 @click.command("report")
@@ -53,9 +53,9 @@ def report_command(
         raise click.UsageError(f"--against {against} is not an arm of these records; choose one of {', '.join(names)}")
     differences = tables.differences(arms, against, against_previous)
     ladder = tables.ladder(arms, experiments, show_all)
-    records.write_text(out, page.html(arms, ladder, differences))
+    files.write_text(out, page.html(arms, ladder, differences))
     click.echo(f"{counted(len(found), 'record')} of {counted(len(arms), 'arm')}; page in {out}")
     if markdown_path:
         shown = [*ladder, *differences, *tables.run_tables(arms)]
-        records.write_text(markdown_path, tables.markdown(shown))
+        files.write_text(markdown_path, tables.markdown(shown))
         click.echo(f"tables in {markdown_path}")

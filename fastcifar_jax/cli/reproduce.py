@@ -1,33 +1,31 @@
-"""The command that makes a run again."""
+"""The command that repeats a run from its record."""
 
 import contextlib
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import get_args
+from typing import Any
 
 import click
 from rich.console import Console
 
 from fastcifar_jax.analysis.compare import arm_name
-from fastcifar_jax.cli import console as report
-from fastcifar_jax.cli.options import CliContext, json_option, torch_twin, usage_errors
-from fastcifar_jax.ops import conv
-from fastcifar_jax.ops.conv import Driver
-from fastcifar_jax.runs import experiments as discover
-from fastcifar_jax.runs import records, reproduce
-from fastcifar_jax.runs import runner as runs
+from fastcifar_jax.cli import console as view
+from fastcifar_jax.cli.options import CliContext, json_option, load_data, torch_twin, usage_errors
+from fastcifar_jax.functions import check_trainable
+from fastcifar_jax.ops import backend
+from fastcifar_jax.runs import experiments, files, records
 from fastcifar_jax.runs.experiments import Experiment
+from fastcifar_jax.runs.rebuild import rebuild
 from fastcifar_jax.runs.records import Record
-from fastcifar_jax.runs.reproduce import DIFFERENT, TOLERANCE
-from fastcifar_jax.runs.runner import RunSpec
-from fastcifar_jax.train import check
+from fastcifar_jax.runs.reproduce import DIFFERENT, TOLERANCE, compare_rerun
+from fastcifar_jax.runs.runner import RunSettings, RunSpec, run_all
 
 
 @click.command("reproduce")
 @click.argument("record", type=click.Path(path_type=Path))
-@click.option("--data", metavar="SOURCE", help="Where the data are now; else where the record has them from.")
+@click.option("--data", metavar="SOURCE", help="Where the data are now; the source in the record by default.")
 @click.option("--experiment", metavar="NAME", help="The recipe: a name that `list` shows, or the path of its file.")
 @click.option(
     "--tolerance",
@@ -35,119 +33,139 @@ from fastcifar_jax.train import check
     default=TOLERANCE,
     show_default=True,
     metavar="POINTS",
-    help="The most that an accuracy may differ by, in percentage points, and a loss, in percent.",
+    help="Largest difference: in percentage points for accuracies, in per cent for losses.",
 )
 @json_option
 @click.pass_obj
 def reproduce_command(
-    invocation: CliContext,
+    context: CliContext,
     record: Path,
     data: str | None,
     experiment: str | None,
     tolerance: float,
     json_path: Path | None,
 ) -> int:
-    """Makes the run of RECORD, a file, again and says whether its numbers come out as they did.
+    """Repeats the run of RECORD, a file, and compares its numbers with those on record.
 
-    The recipe, seed, driver and number of training images are those on record, and so are the convolutions where they
-    can be had here. The rerun is on one device and leaves no record. The exit status is 0 for numbers that are bitwise
-    equal or equal within the tolerance, 1 for different ones, and 2 where nothing could be compared.
+    The recipe, the seed and the number of training images are those of the record, and so is the convolution backend
+    if it is available. The rerun uses one device and leaves no record. The exit status is 0 if the numbers are bitwise
+    equal or equal within the tolerance, 1 if they differ, and 2 if nothing could be compared.
 
-    Of a recipe's own Python file a record holds the name only, and no file is run because a record names it: give its
-    path with --experiment.
+    A record holds only the name of a recipe's own Python file, and no file is executed because a record names it: give
+    its path with --experiment.
     """
-    console = report.make_console()
+    console = view.make_console()
     with usage_errors():
-        known = records.read(record)
-        check_reproducible(known)
-        with _convolutions_of(known):
-            job = _job(known, experiment, data, invocation, console)
-    with _convolutions_of(known):
-        again = _run(job, known, invocation, console)
+        existing = records.read(record)
+        check_reproducible(existing)
+    with _conv_backend_of(existing):
+        with usage_errors():
+            spec = _run_spec(existing, experiment, data, context, console)
+        rerun = _run(spec, existing.seed, context, console)
     answer = {
         "record": str(record),
-        "experiment": known.experiment,
-        "framework": known.framework,
-        "recipe_hash": known.recipe_hash,
-        "seed": known.seed,
-        **reproduce.compare(known, again, tolerance),
+        "experiment": existing.experiment,
+        "framework": existing.framework,
+        "recipe_hash": existing.recipe_hash,
+        "seed": existing.seed,
+        **compare_rerun(existing, rerun, tolerance),
     }
-    reproduce.show(f"{job.arm}, seed {known.seed}", answer, console)
+    show_rerun(f"{spec.arm}, seed {existing.seed}", answer, console)
     if json_path:
         with usage_errors():
-            records.write_text(json_path, records.dumps(answer))
+            files.write_text(json_path, files.dumps(answer))
     return int(answer["verdict"] == DIFFERENT)
 
 
 def check_reproducible(record: Record) -> None:
-    """Whether the run of a record can be made again and compared; a diverged one can.
+    """Checks that the run of a record can be repeated and compared; a diverged run can.
 
     Raises:
       ValueError: it cannot; the message says why.
     """
-    name = arm_name(record.framework, record.experiment)
     if record.status == "crashed":
         raise ValueError(
-            f"the run of {name}, seed {record.seed}, crashed ({record.error}), so there are no results to compare "
-            "with; `run` makes it again"
+            f"the run of {arm_name(record.framework, record.experiment)}, seed {record.seed}, crashed "
+            f"({record.error}), so there are no results to compare with; `run` repeats it"
         )
-    if record.framework not in ("jax", "torch"):
-        raise ValueError(f"the record is of the framework {record.framework!r}; expected jax or torch")
-    if record.driver not in get_args(Driver):
-        raise ValueError(f"the record has the driver {record.driver!r}; expected one of {', '.join(get_args(Driver))}")
     if not 0 <= record.seed < 2**32:
-        raise ValueError(f"the record has the seed {record.seed}; expected one from 0 to below 2**32")
+        raise ValueError(f"the record has the seed {record.seed}; expected 0 to 2**32 - 1")
 
 
-def _experiment(record: Record, name: str | None, folder: Path | None) -> Experiment:
-    """The declared recipe of a record; raises ValueError where there is none or more than one."""
-    experiments = discover.resolve((name,), folder) if name else discover.find_experiments(folder)
-    found = [one for one in experiments if one.recipe.name == record.experiment]
-    if name and len(experiments) == 1:  # an experiment may have got another name: the hash decides
-        found = experiments
+def show_rerun(label: str, answer: dict[str, Any], console: Console) -> None:
+    """Prints the answer of `compare_rerun` for the run called `label`."""
+    count, largest, tolerance = answer["numbers"], answer["largest"], answer["tolerance"]
+    parts = []
+    for name in ("status", "epochs"):
+        old, new = answer[name]
+        if old != new:
+            parts.append(f"{old} {name} on record, {new} now".replace(" status", ""))
+    if answer["first_epoch"] is None:
+        parts.append(f"{count} losses and accuracies of {min(answer['epochs'])} epochs are the same to the last bit")
+    else:
+        parts.append(
+            f"of {count} numbers, accuracies differ by up to {largest['accuracy']:.4g} pp and losses by up to "
+            f"{largest['loss']:.4g} % ({largest['absolute_loss']:.4g}), from epoch {answer['first_epoch']} on; the "
+            f"tolerance is {tolerance:g} pp and {tolerance:g} %"
+        )
+    console.print(f"{label}: {answer['verdict']}: {'; '.join(parts)}", soft_wrap=True)
+    if not answer["provenance_diff"]:
+        console.print("same provenance: versions, device, data, source code, convolution backend and settings")
+        return
+    table = view.make_table("different provenance", "on record", "now")
+    for name, pair in answer["provenance_diff"].items():
+        table.add_row(name, *("" if value is None else str(value) for value in pair))
+    console.print(table)
+
+
+def _find_experiment(record: Record, name: str | None, folder: Path | None) -> Experiment:
+    """The declared recipe of a record; raises ValueError unless there is exactly one."""
+    declared = experiments.resolve((name,), folder) if name else experiments.find_experiments(folder)
+    found = [one for one in declared if one.recipe.name == record.experiment]
+    if name and len(declared) == 1:  # an experiment may have been renamed: the hash decides
+        found = declared
     if len(found) != 1:
-        files = sorted({text for text in map(str, record.command) if text.endswith(".py")})
-        where = f"; its command names {', '.join(files)}" if files else ""
+        named = sorted({text for text in record.command if text.endswith(".py")})
+        where = f"; its command names {', '.join(named)}" if named else ""
         raise ValueError(
-            f"{len(found)} recipes are called {record.experiment!r} here{where}; name the record's with --experiment, "
-            "which takes the path of a Python file too"
+            f"{len(found)} recipes here are called {record.experiment!r}{where}; give the record's recipe with "
+            "--experiment, by name or by the path of a Python file"
         )
     return found[0]
 
 
-def _job(record: Record, name: str | None, source: str | None, invocation: CliContext, console: Console) -> RunSpec:
-    conv.configure_cpu()  # before anything asks JAX for a device
-    experiment = _experiment(record, name, invocation.folder)
-    recipe = reproduce.rebuild(experiment.recipe, record)
+def _run_spec(record: Record, name: str | None, source: str | None, context: CliContext, console: Console) -> RunSpec:
+    backend.configure_cpu()  # before anything asks JAX for a device
+    experiment = _find_experiment(record, name, context.folder)
+    recipe = rebuild(experiment.recipe, record)
     twin = torch_twin() if record.framework == "torch" else None
+    recorded = record.provenance.data
     with usage_errors("" if source else "the data of the record (--data names others)"):
-        data = runs.load_data(source or record.data["source"], record.data["train"], console)
-    check(recipe, len(data.info.classes), data.dataset)
+        data = load_data(source or recorded["source"], recorded["train"], console)
+    check_trainable(recipe, len(data.info.classes), data.dataset)
     if twin:
-        twin.make_train(recipe, len(data.info.classes))
+        twin.check_trainable(recipe)
     return RunSpec(arm_name(record.framework, recipe.name), recipe, experiment.path, False, data, twin)
 
 
-def _run(job: RunSpec, known: Record, invocation: CliContext, console: Console) -> Record:
-    ended: list[Record] = []
+def _run(spec: RunSpec, seed: int, context: CliContext, console: Console) -> Record:
     with tempfile.TemporaryDirectory() as folder:
-        driver: Driver = "scan" if known.driver == "scan" else "python"
-        run = runs.make_runner(job, ended, console, Path(folder), driver, invocation.arguments)
-        run(known.seed)
-    return ended[0]
+        settings, shown = RunSettings(Path(folder), context.arguments), view.RunView(console)
+        *_, last = shown.show(run_all([spec], [seed], settings, {}, shown.on_steps))
+    return last.news
 
 
 @contextlib.contextmanager
-def _convolutions_of(record: Record) -> Iterator[None]:
-    """With the record's way of convolutions, unless the user forces one.
+def _conv_backend_of(record: Record) -> Iterator[None]:
+    """Uses `lax` if the record did, unless the user chose a backend.
 
-    oneDNN is not forced: where the trial has found it wanting, it could end the process.
+    oneDNN is not forced: where its check has failed, it could end the process.
     """
-    forced = record.conv == "lax" and not os.environ.get("FASTCIFAR_CONV")
-    if forced:
+    force = record.provenance.conv == "lax" and not os.environ.get("FASTCIFAR_CONV")
+    if force:
         os.environ["FASTCIFAR_CONV"] = "lax"
     try:
         yield
     finally:
-        if forced:
+        if force:
             del os.environ["FASTCIFAR_CONV"]

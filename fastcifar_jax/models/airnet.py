@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import ClassVar, Literal, get_args
+from typing import Literal, get_args
 
 import flax.linen as nn
 import jax
@@ -34,21 +34,19 @@ Head = Literal["uniform", "unit_std"]
 class AirNet:
     """The eight-layer network of airbench94, its wider siblings and their parts (airbench.md, sections 2, 3 and 9).
 
-    Whitening (2x2, nothing padded, a bias), activation, then for each group: convolution, 2x2 max-pool, norm,
-    activation, and one or two more convolutions with norm and activation; the maximum of each map; a linear head.
+    Whitening (2x2, no padding, a bias) and activation; per group a convolution, 2x2 max-pool, norm and activation, then
+    one or two more convolutions with norm and activation; the maximum of each map; a linear head.
 
     Attributes:
-      channels: of the three groups.
-      convs: convolutions a group, two or three. The third is a residual one: the input of the second is added to the
-        output of the third's norm.
-      activation: elementwise.
-      norm: of every convolution but the whitening. The low momentum is what makes Lookahead help, and the other way
-        round.
+      channels: output channels of the three groups.
+      convs: convolutions per group, 2 or 3. With 3, the input of the second is added to the output of the third norm.
+      activation: elementwise function.
+      norm: the norm of every convolution except the whitening. The low momentum and Lookahead need each other.
       whiten_eps: added to the eigenvalues of the patches' second moments.
-      whiten_bias: starts at zero or with PyTorch's default.
-      dirac: the first filters of each convolution start as the identity instead of at random.
-      head: PyTorch's default, or that divided by its standard deviation.
-      output_scale: multiplies the logits.
+      whiten_bias: initial bias of the whitening, zero or PyTorch's default.
+      dirac: whether the first filters of each convolution start as the identity instead of at random.
+      head: initial weights of the head, PyTorch's default or that divided by its standard deviation.
+      output_scale: factor of the logits.
     """
 
     channels: tuple[int, int, int] = (64, 256, 256)
@@ -61,11 +59,9 @@ class AirNet:
     head: Head = "uniform"
     output_scale: float = 1 / 9
 
-    TUNABLE: ClassVar = ("activation", "norm", "whiten_eps", "output_scale")
-
     def __post_init__(self):
         if len(self.channels) != 3 or min(self.channels) < 1:
-            raise ValueError(f"channels are {self.channels}; give three numbers >= 1, one a group")
+            raise ValueError(f"channels are {self.channels}; give three numbers >= 1, one per group")
         if self.convs not in (2, 3):
             raise ValueError(f"convs is {self.convs}; a group has 2 or 3 convolutions")
         for name, known in (("whiten_bias", WhitenBias), ("head", Head)):
@@ -73,17 +69,12 @@ class AirNet:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(get_args(known))}")
 
     def with_width(self, width: int) -> "AirNet":
-        """The same network with `width` channels in the first group; the others keep their ratio to it."""
+        """The same network with `width` channels in the first group and the others in proportion."""
         first, second, third = self.channels
         return dataclasses.replace(self, channels=(width, width * second // first, width * third // first))
 
     def __call__(self, num_classes: int, compute_dtype: str = "float32") -> Model:
-        """The network's functions.
-
-        Args:
-          num_classes: size of the logits.
-          compute_dtype: a key of `PRECISIONS`.
-        """
+        """The network's functions for `num_classes` classes, computed in `PRECISIONS[compute_dtype]`."""
         return linen_model(_AirNet(self, num_classes, PRECISIONS[compute_dtype]), self.norm)
 
 
@@ -117,13 +108,12 @@ class _Whiten(nn.Module):
 
 
 class _Unit(nn.Module):
-    """Convolution, pool if asked for, norm; the activation is the group's."""
+    """Convolution, max-pool if asked for, and norm."""
 
     config: AirNet
     features: int
     precision: Precision
     pool: bool = False
-    axis_name: str | None = None
 
     @nn.compact
     def __call__(self, x, train):
@@ -131,14 +121,13 @@ class _Unit(nn.Module):
         x = Conv(self.features, 3, self.precision, kernel_init, name="conv")(x)
         if self.pool:
             x = MaxPool(name="pool")(x)
-        return GhostBatchNorm(self.config.norm, self.precision, self.axis_name, name="norm")(x, train)
+        return GhostBatchNorm(self.config.norm, self.precision, name="norm")(x, train)
 
 
 class _AirNet(nn.Module):
     config: AirNet
     num_classes: int
     precision: Precision
-    axis_name: str | None = None
 
     @nn.compact
     def __call__(self, images, train):
@@ -147,7 +136,7 @@ class _AirNet(nn.Module):
         x = activate(_Whiten(config, precision, name="whiten")(images))
         for group, features in enumerate(config.channels, start=1):
             unit = lambda i, pool=False, group=group, features=features: _Unit(
-                config, features, precision, pool, self.axis_name, name=f"group{group}_{i}"
+                config, features, precision, pool, name=f"group{group}_{i}"
             )
             x = activate(unit(1, pool=True)(x, train))
             skip = x

@@ -1,4 +1,4 @@
-"""What a network is, a pair of pure functions, and the layers that networks have in common."""
+"""The interface of a network, a pair of pure functions, and the dtypes that it computes in."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
@@ -13,12 +13,12 @@ Variables = dict[str, Params]  # the collections "params", "constants" and "batc
 
 
 class Precision(NamedTuple):
-    """The dtypes of one compute policy."""
+    """The dtypes of a compute policy."""
 
     params: Any  # master copies of the weights
     activations: Any  # between the layers
-    operands: Any  # of the convolutions' and the head's products
-    images: Any = jnp.float32  # once normalised; bfloat16 would lose two bits of the pixels
+    operands: Any  # of the convolutions and the head
+    images: Any = jnp.float32  # normalised; bfloat16 would drop two bits of the pixels
 
 
 PRECISIONS = {
@@ -45,16 +45,15 @@ class Model(NamedTuple):
     """A network: pure functions over plain nested dicts of arrays in three collections.
 
     Attributes:
-      init: `(key, images) -> variables`; the images are normalised training images, which whitening learns from.
+      init: `(key, images) -> variables`; the images are normalised training images, from which whitening filters are
+        computed.
       apply: `(variables, images, train) -> (logits, batch_stats)`; logits have the dtype of the weights.
-      finalize_batch_stats: `batch_stats -> batch_stats`, called when the copy of the network that is evaluated leaves
-        training; the identity for most.
-      macs: `(variables, images) -> nested dict` of the multiply-accumulates of one image's forward pass, layer by
-        layer; evaluates shapes only.
-      num_groups: ghost groups in a training batch, the first axis of every leaf of `batch_stats`; image n belongs to
+      finalize_batch_stats: `batch_stats -> batch_stats`, called when the evaluated variables leave training mode;
+        the identity for most networks.
+      macs: `(variables, images) -> nested dict` of the multiply-accumulates per image of the forward pass, by layer;
+        evaluates shapes only.
+      num_groups: ghost groups per training batch, the first axis of every leaf of `batch_stats`; image n belongs to
         group `n % num_groups`.
-      split: `axis_name -> Model` for devices that each train on their `norm.share_of_batch`, inside `jax.shard_map`
-        over a mesh with that axis; None where the network knows no such thing.
       layers: `(variables, images) -> list[LayerInfo]` in the order of the calls, each before the layers inside it;
         evaluates shapes only. None for networks that cannot list their layers.
     """
@@ -64,12 +63,11 @@ class Model(NamedTuple):
     finalize_batch_stats: Callable[[Params], Params]
     macs: Callable[[Variables, Images | jax.ShapeDtypeStruct], dict[str, Any]]
     num_groups: int = 1
-    split: Callable[[str], "Model"] | None = None
     layers: Callable[[Variables, Images | jax.ShapeDtypeStruct], list[LayerInfo]] | None = None
 
 
 class Network(Protocol):
-    """What `Recipe.model` must be: a frozen dataclass that builds a `Model` for a number of classes."""
+    """The type of `Recipe.model`: a frozen dataclass that builds a `Model` for a number of classes."""
 
     def __call__(self, num_classes: int, compute_dtype: str) -> Model:
         """The network's functions; `compute_dtype` is a key of `PRECISIONS`."""

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
 from fastcifar_jax.models.base import LayerInfo, Model, Precision, Variables
-from fastcifar_jax.ops.batch_norm import groups_here, normalize_groups, normalize_groups_and_pool
+from fastcifar_jax.ops.batch_norm import normalize, normalize_groups, normalize_groups_and_pool
 from fastcifar_jax.ops.conv import conv
 from fastcifar_jax.ops.max_pool import max_pool
 from fastcifar_jax.types import Images, Logits, flatten_by_path
@@ -18,15 +17,15 @@ from fastcifar_jax.types import Images, Logits, flatten_by_path
 
 @dataclasses.dataclass(frozen=True)
 class BatchNormConfig:
-    """Batch norm over groups of a batch (sections 1.3 to 1.5 of the specification).
+    """Batch norm over ghost groups of a batch (sections 1.3 to 1.5 of the specification).
 
     Attributes:
-      num_groups: ghost groups in a batch; image n belongs to group `n % num_groups`. 1 is ordinary batch norm.
-      train_scale: False keeps the scales at 1, outside the trained parameters.
-      momentum: share of the running statistics that a step keeps (1 minus PyTorch's momentum).
+      num_groups: ghost groups per batch; image n belongs to group `n % num_groups`. 1 is ordinary batch norm.
+      train_scale: False fixes the scales at 1, outside the trained parameters.
+      momentum: fraction of the running statistics that a step keeps (1 minus PyTorch's momentum).
       eps: added to the variance.
-      eval_first_group: evaluate with group 0's running statistics, as the original does under an EMA, instead of the
-        mean over the groups.
+      eval_first_group: evaluate with the running statistics of group 0, as the original does under an EMA, instead of
+        their mean over the groups.
     """
 
     num_groups: int = 1
@@ -34,8 +33,6 @@ class BatchNormConfig:
     momentum: float = 0.9
     eps: float = 1e-5
     eval_first_group: bool = False
-
-    TUNABLE: ClassVar = ("momentum", "eps")
 
     def __post_init__(self):
         if self.num_groups < 1 or not 0 <= self.momentum < 1 or not self.eps > 0:
@@ -46,12 +43,12 @@ class BatchNormConfig:
 
 
 def linen_model(net: nn.Module, norm: BatchNormConfig) -> Model:
-    """The functions of a Linen module that is called with `(images, train)` and can be cloned with an `axis_name`.
+    """The functions of a Linen module that is called with `(images, train)`.
 
     Args:
-      net: keeps its arrays in the collections "params", "constants" and "batch_stats" and sows multiply-accumulates in
-        "macs".
-      norm: of its batch norms.
+      net: keeps its arrays in the collections "params", "constants" and "batch_stats", and sows multiply-accumulates
+        in "macs".
+      norm: the configuration of its batch norms.
     """
 
     def init(key, images):
@@ -65,9 +62,10 @@ def linen_model(net: nn.Module, norm: BatchNormConfig) -> Model:
         return logits, updated["batch_stats"]
 
     def finalize_batch_stats(batch_stats):
-        # The mean over groups is linear, as are the running statistics, so without `eval_first_group` it makes no
-        # difference whether the merged values are written back; evaluation takes the mean.
-        return jax.tree.map(_merge_groups, batch_stats) if norm.eval_first_group else batch_stats
+        # Without `eval_first_group`, evaluation takes the mean over groups. It is linear, as the running averages are,
+        # so writing it back would not change later evaluations.
+        merge = lambda statistics: jnp.broadcast_to(statistics.mean(0, keepdims=True), statistics.shape)
+        return jax.tree.map(merge, batch_stats) if norm.eval_first_group else batch_stats
 
     def macs(variables, images):
         found = {}
@@ -78,13 +76,10 @@ def linen_model(net: nn.Module, norm: BatchNormConfig) -> Model:
         jax.eval_shape(trace, variables, images)
         return found
 
-    def split(axis_name):
-        return linen_model(net.clone(axis_name=axis_name), norm)
-
     def layers(variables, images):
         return _layers_of(net, variables, images)
 
-    return Model(init, apply, finalize_batch_stats, macs, norm.num_groups, split, layers)
+    return Model(init, apply, finalize_batch_stats, macs, norm.num_groups, layers)
 
 
 def _layers_of(net: nn.Module, variables: Variables, images: Images | jax.ShapeDtypeStruct) -> list[LayerInfo]:
@@ -128,21 +123,13 @@ def _detail(module: nn.Module, kernel: Array | None) -> str:
     return f"{'pool ' * isinstance(module, GhostBatchNorm) if size else ''}{'×'.join(map(str, size))}"
 
 
-def _merge_groups(statistics: Array) -> Array:
-    return jnp.broadcast_to(statistics.mean(0, keepdims=True), statistics.shape)
-
-
-def _over_maps(channels: Array) -> Array:
-    return channels[None, None, None, :]
-
-
 def torch_uniform(key, shape, dtype):
     """PyTorch's default, U(-1/sqrt(fan_in), 1/sqrt(fan_in)); flax's own default is sqrt(3) wider."""
     return nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")(key, shape, dtype)
 
 
 def dirac(key: PRNGKeyArray, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
-    """PyTorch's default, but filter i < inputs passes channel i on as it is (airbench.md, section 3)."""
+    """PyTorch's default, but filter i < inputs copies channel i (airbench.md, section 3)."""
     height, width, inputs, _ = shape
     kernel = torch_uniform(key, shape, dtype)
     same = min(inputs, shape[3])
@@ -155,9 +142,9 @@ class Conv(nn.Module):
 
     Attributes:
       features: output channels.
-      size: side of the kernel.
+      size: height and width of the kernel.
       precision: of weights and operands.
-      kernel_init: a Linen initialiser of HWIO kernels.
+      kernel_init: Linen initialiser of HWIO kernels.
     """
 
     features: int
@@ -167,7 +154,7 @@ class Conv(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        """Maps, in the dtype of `x`."""
+        """Maps in the dtype of `x`."""
         shape = (self.size, self.size, x.shape[-1], self.features)
         kernel = self.param("kernel", self.kernel_init, shape, self.precision.params)
         self.sow("macs", "macs", x.shape[1] * x.shape[2] * kernel.size)
@@ -203,50 +190,44 @@ class Add(nn.Module):
 
 
 class GhostBatchNorm(nn.Module):
-    """Statistics are computed and kept in the dtype of the weights, float32 at least.
+    """Batch norm, and a max-pool after it if asked for; statistics have the dtype of the weights, at least float32.
 
     Attributes:
       config: of the norm.
       precision: of weights and maps.
-      axis_name: of the devices that a training batch is split over.
       pool: size of the windows of a max-pool that follows, or None.
     """
 
     config: BatchNormConfig
     precision: Precision
-    axis_name: str | None = None
     pool: tuple[int, int] | None = None
 
     @nn.compact
     def __call__(self, x, train):
-        """Normalised maps, in the dtype of `x`."""
+        """Normalised maps in the dtype of `x`."""
         config, (batch, height, width, channels) = self.config, x.shape
         groups, dtype = config.num_groups, self.precision.params
-        ones = lambda: jnp.ones(channels, dtype)
         if config.train_scale:
-            scale = self.param("scale", lambda _: ones())
+            scale = self.param("scale", nn.initializers.ones, (channels,), dtype)
         else:
-            scale = self.variable("constants", "scale", ones).value
+            scale = self.variable("constants", "scale", jnp.ones, (channels,), dtype).value
         bias = self.param("bias", nn.initializers.zeros, (channels,), dtype)
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, (groups, channels), dtype)
         running_var = self.variable("batch_stats", "var", jnp.ones, (groups, channels), dtype)
 
         if not train:
             merge = (lambda s: s[0]) if config.eval_first_group else (lambda s: s.mean(0))
-            mean, var = merge(running_mean.value), merge(running_var.value)
-            weight = scale / jnp.sqrt(var + config.eps)
-            y = ((x.astype(dtype) - _over_maps(mean)) * _over_maps(weight) + _over_maps(bias)).astype(x.dtype)
+            y = normalize(x, scale, bias, merge(running_mean.value), merge(running_var.value), config.eps)
             return max_pool(y, self.pool) if self.pool else y
 
-        groups, over = groups_here(groups, self.axis_name)
         if batch % groups:
             raise ValueError(f"a batch of {batch} images is not {groups} equal ghost groups; change batch_size")
         if self.pool and height % self.pool[0] == 0 and width % self.pool[1] == 0:
-            y, mean, var = normalize_groups_and_pool(x, scale, bias, groups, config.eps, self.pool, over)
+            y, mean, var = normalize_groups_and_pool(x, scale, bias, groups, config.eps, self.pool)
         else:
-            y, mean, var = normalize_groups(x, scale, bias, groups, config.eps, over)
+            y, mean, var = normalize_groups(x, scale, bias, groups, config.eps)
             y = max_pool(y, self.pool) if self.pool else y
-        size = batch // groups * height * width * (1 if over is None else jax.lax.axis_size(over))
+        size = batch // groups * height * width
         keep, unbiased = config.momentum, size / max(size - 1, 1)
         running_mean.value = keep * running_mean.value + (1 - keep) * mean
         running_var.value = keep * running_var.value + (1 - keep) * unbiased * var
@@ -256,7 +237,7 @@ class GhostBatchNorm(nn.Module):
 def linear_head(
     module: nn.Module, x: Images, num_classes: int, precision: Precision, init: Callable[..., Array] = torch_uniform
 ) -> Logits:
-    """The largest value of each map times a matrix, the parameter "linear" of `module`; logits in its dtype."""
+    """The maximum of each map times a matrix, the parameter "linear" of `module`; logits have the matrix's dtype."""
     x = max_pool(x, x.shape[1:3]).reshape(len(x), -1)
     kernel = module.param("linear", init, (x.shape[-1], num_classes), precision.params)
     module.sow("macs", "linear", kernel.size)

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import ClassVar, Literal, get_args
+from typing import Literal, get_args
 
 import flax.linen as nn
 from jaxtyping import Array
@@ -32,17 +32,17 @@ class ResNet9:
     """The nine-layer residual network of cifar10-fast (section 1.1 of the specification).
 
     Attributes:
-      channels: of prep, layer1, layer2 and layer3.
-      pool_order: of the blocks that pool. Pooling before the activation is the same function as after it; before
-        the norm it is another function and the statistics are those of the pooled map.
-      activation: elementwise.
-      norm: of every convolution but the whitening.
-      whiten: precedes prep's convolution, then 1x1, by a fixed bank of whitening filters.
+      channels: output channels of prep, layer1, layer2 and layer3.
+      pool_order: order of the operations in blocks that pool. Pooling before or after the activation is the same
+        function if that is monotonic; pooling before the norm changes the statistics to those of the pooled map.
+      activation: elementwise function.
+      norm: the norm of every convolution except the whitening.
+      whiten: whether fixed whitening filters precede prep's convolution, which then is 1x1.
       whiten_eps: added to the eigenvalues of the patches' second moments.
-      output_scale: multiplies the logits.
-      res_layers: layers that end with a residual pair of convolutions; no activation after the sum.
-      extra_layers: layers that get one more convolution of the same width, after the residual.
-      dirac: the first filters of each 3x3 convolution start as the identity (airbench.md, section 3).
+      output_scale: factor of the logits.
+      res_layers: layers with a residual pair of convolutions; no activation follows the sum.
+      extra_layers: layers with one more convolution of the same width, after the residual pair.
+      dirac: whether the first filters of each 3x3 convolution start as the identity (airbench.md, section 3).
     """
 
     channels: tuple[int, int, int, int] = (64, 128, 256, 512)
@@ -56,8 +56,6 @@ class ResNet9:
     extra_layers: tuple[str, ...] = ()
     dirac: bool = False
 
-    TUNABLE: ClassVar = ("activation", "norm", "whiten_eps", "output_scale")
-
     def __post_init__(self):
         layers = {"layer1", "layer2", "layer3"}
         if len(self.channels) != 4 or min(self.channels) < 1:
@@ -65,25 +63,19 @@ class ResNet9:
         if self.pool_order not in get_args(PoolOrder):
             raise ValueError(f"pool_order is {self.pool_order!r}; choose one of {', '.join(get_args(PoolOrder))}")
         if unknown := {*self.res_layers, *self.extra_layers} - layers:
-            raise ValueError(f"res_layers and extra_layers name {sorted(unknown)}; there are {sorted(layers)}")
+            raise ValueError(f"res_layers and extra_layers name {sorted(unknown)}; choose from {sorted(layers)}")
 
     def with_width(self, width: int) -> "ResNet9":
         """The same network with `width`, 2, 4 and 8 times `width` channels (64 is the original)."""
         return dataclasses.replace(self, channels=(width, 2 * width, 4 * width, 8 * width))
 
     def __call__(self, num_classes: int, compute_dtype: str = "float32") -> Model:
-        """The network's functions.
-
-        Args:
-          num_classes: size of the logits.
-          compute_dtype: a key of `PRECISIONS`.
-        """
-        net = _ResNet9(self, num_classes, PRECISIONS[compute_dtype])
-        return linen_model(net, self.norm)
+        """The network's functions for `num_classes` classes, computed in `PRECISIONS[compute_dtype]`."""
+        return linen_model(_ResNet9(self, num_classes, PRECISIONS[compute_dtype]), self.norm)
 
 
 class _Whiten(nn.Module):
-    """A fixed 3x3 convolution whose filters come from the images that the network is initialised with."""
+    """A fixed 3x3 convolution with whitening filters of the images that the network is initialised with."""
 
     eps: float
     precision: Precision
@@ -97,21 +89,20 @@ class _Whiten(nn.Module):
 
 
 class _Block(nn.Module):
-    """Convolution, norm and activation, with a 2x2 max-pool among them if asked for."""
+    """Convolution, norm and activation, and a 2x2 max-pool among them if asked for."""
 
     config: ResNet9
     features: int
     precision: Precision
     size: int = 3
     pool: bool = False
-    axis_name: str | None = None
 
     @nn.compact
     def __call__(self, x, train):
         order = self.config.pool_order if self.pool else "conv_norm_act"
-        # A function that never falls can change places with a maximum, and a norm then takes the pool along.
-        never_falls = getattr(self.config.activation, "MONOTONIC", False)
-        joined = order == "conv_norm_pool_act" or (order == "conv_norm_act_pool" and never_falls)
+        # A monotonic activation commutes with the pool, which can then be computed together with the norm.
+        monotonic = getattr(self.config.activation, "MONOTONIC", False)
+        joined = order == "conv_norm_pool_act" or (order == "conv_norm_act_pool" and monotonic)
         order = "conv_norm_act" if joined else order
         for layer in order.split("_"):
             if layer == "conv":
@@ -119,7 +110,7 @@ class _Block(nn.Module):
                 x = Conv(self.features, self.size, self.precision, kernel_init, name="conv")(x)
             elif layer == "norm":
                 pool = (2, 2) if joined else None
-                x = GhostBatchNorm(self.config.norm, self.precision, self.axis_name, pool, name="norm")(x, train)
+                x = GhostBatchNorm(self.config.norm, self.precision, pool, name="norm")(x, train)
             elif layer == "act":
                 x = Activation(self.config.activation, name="act")(x)
             else:
@@ -128,18 +119,15 @@ class _Block(nn.Module):
 
 
 class _Layer(nn.Module):
-    """A pooling block, then the residual pair and the extra block if the layer has them."""
+    """A block with a pool, then the residual pair and the extra block if the layer has them."""
 
     config: ResNet9
     features: int
     precision: Precision
-    axis_name: str | None = None
 
     @nn.compact
     def __call__(self, x, train):
-        block = lambda name, pool=False: _Block(
-            self.config, self.features, self.precision, pool=pool, axis_name=self.axis_name, name=name
-        )
+        block = lambda name, pool=False: _Block(self.config, self.features, self.precision, pool=pool, name=name)
         x = block("block", pool=True)(x, train)
         if self.name in self.config.res_layers:
             x = Add(name="add")(x, block("res2")(block("res1")(x, train), train))  # no activation after the sum
@@ -152,17 +140,16 @@ class _ResNet9(nn.Module):
     config: ResNet9
     num_classes: int
     precision: Precision
-    axis_name: str | None = None
 
     @nn.compact
     def __call__(self, images, train):
-        config, precision, axis_name = self.config, self.precision, self.axis_name
+        config, precision = self.config, self.precision
         if config.whiten:
             x = _Whiten(config.whiten_eps, precision, name="whiten")(images)
         else:
             x = images.astype(precision.activations)
         prep_size = 1 if config.whiten else 3
-        x = _Block(config, config.channels[0], precision, size=prep_size, axis_name=axis_name, name="prep")(x, train)
+        x = _Block(config, config.channels[0], precision, size=prep_size, name="prep")(x, train)
         for i, features in enumerate(config.channels[1:], start=1):
-            x = _Layer(config, features, precision, axis_name, name=f"layer{i}")(x, train)
+            x = _Layer(config, features, precision, name=f"layer{i}")(x, train)
         return linear_head(self, x, self.num_classes, precision) * config.output_scale  # 4x4 for images of 32x32

@@ -6,14 +6,13 @@ from jaxtyping import Array, Float
 
 from fastcifar_jax.types import Images
 
-_CHUNK = 250  # images at a time: 225,000 patches of 27 numbers are 24 MB, all 10,000 images at once would be 1 GB
+_CHUNK = 250  # images: 225,000 patches of 27 numbers are 24 MB; those of 10,000 images would be 1 GB
 
 
 def patches(images: Images, size: int) -> Float[Array, "patches features"]:
-    """All `size x size` windows inside the images, stride 1, as rows of `size * size * channels` numbers.
+    """All windows of `size x size` pixels, stride 1, as rows of features ordered (row, column, channel).
 
-    The features are ordered (row, column, channel), as in an HWIO kernel; the original's order is (channel, row,
-    column).
+    That is the order of an HWIO kernel; the original's is (channel, row, column).
     """
     _, height, width, channels = images.shape
     rows, columns = height - size + 1, width - size + 1
@@ -24,12 +23,11 @@ def patches(images: Images, size: int) -> Float[Array, "patches features"]:
 def patch_moments(images: Images, size: int) -> Float[Array, "features features"]:
     """Second moments of the patches, `X^T X / (n - 1)`, without subtracting the mean (section 5, step 3).
 
-    Products are taken at the highest precision and summed in chunks of images, so that an accelerator's
-    reduced-precision matrix units do not blur the small eigenvalues.
+    Products have the highest precision, because an accelerator's default precision would blur the small eigenvalues.
 
     Args:
-      images: normalised and not padded.
-      size: side of the patches, in pixels.
+      images: normalised, without padding.
+      size: height and width of the patches, in pixels.
     """
     num_images, height, width, channels = images.shape
     features = size * size * channels
@@ -53,11 +51,11 @@ def whitening_filters(images: Images, size: int = 3, eps: float = 1e-2) -> Float
 
     Filter i is eigenvector i of the patches' second moments divided by `sqrt(eigenvalue_i + eps)`, eigenvalues in
     descending order: PCA whitening, not rotated back. The variance of response i is `lambda / (lambda + eps)`, about
-    1 for the leading filters and near 0 for the last. The sign of an eigenvector is the solver's choice.
+    1 for the first filters and near 0 for the last. The sign of an eigenvector depends on the solver.
 
     Args:
-      images: normalised and not padded; the first 10,000 training images in the original.
-      size: side of the filters, in pixels.
+      images: normalised, without padding; the first 10,000 training images in the original.
+      size: height and width of the filters, in pixels.
       eps: added to the eigenvalues, not to their roots.
     """
     moments = patch_moments(images, size)

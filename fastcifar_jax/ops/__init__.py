@@ -1,1 +1,1 @@
-"""Convolution, batch norm and max-pool, and what they need on each platform."""
+"""Convolution, batch norm and max-pool, and everything that depends on the platform."""

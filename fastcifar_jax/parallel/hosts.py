@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding
 
 from fastcifar_jax.types import Dataset
 
@@ -83,21 +82,6 @@ def from_process_0(values: Sequence[int]) -> list[int]:
       values: as many on every process, 0 <= value < 2**31.
     """
     return multihost_utils.broadcast_one_to_all(np.array(values, np.int32)).tolist()
-
-
-def place(tree: Any, sharding: NamedSharding) -> Any:
-    """Arrays that every process has, spread over the devices of all."""
-    if sharding.is_fully_addressable:
-        return jax.device_put(tree, sharding)
-    host = jax.tree.map(np.asarray, tree)
-    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, lambda i: x[i]), host)
-
-
-def to_host(tree: Any) -> Any:
-    """NumPy arrays of all that lies on the devices of all processes."""
-    if jax.process_count() == 1:
-        return jax.device_get(tree)
-    return multihost_utils.process_allgather(tree, tiled=True)
 
 
 def gather(value: Any) -> list[Any]:

@@ -10,13 +10,14 @@ import jinja2
 
 from fastcifar_jax import __version__
 from fastcifar_jax.analysis import stats
-from fastcifar_jax.analysis.compare import Arm, data_key
+from fastcifar_jax.analysis.compare import Arm
 from fastcifar_jax.report import run_figures, tables
 from fastcifar_jax.report.drawing import inline_svg
 from fastcifar_jax.report.plot_data import Curves
 from fastcifar_jax.report.run_figures import Numbered
 from fastcifar_jax.report.tables import Table, measured, of_100, status_counts
 from fastcifar_jax.report.text import clean, counted, data_text, device_text, seconds
+from fastcifar_jax.runs.provenance import data_key
 
 
 def html(arms: Sequence[Arm], ladder: Sequence[Table], differences: Sequence[Table]) -> str:
@@ -53,16 +54,16 @@ def _sections(arms: Sequence[Arm]) -> Iterator[dict[str, Any]]:
     """The figures of each data set; the numbers of the arms are the same everywhere."""
     by_data: dict[tuple, list[tuple[int, Arm]]] = {}
     for number, arm in enumerate(arms, 1):
-        by_data.setdefault(data_key(arm.records[0]), []).append((number, arm))
+        by_data.setdefault(data_key(arm.records[0].provenance), []).append((number, arm))
     for i, alike in enumerate(by_data.values()):
         records = [record for _, arm in alike for record in arm.records]
         found = [run_figures.arm_curves(arm) for _, arm in alike]
         limits = run_figures.limits_of(found)
-        data = data_text(records[0].data)
+        data = data_text(records[0].provenance.data)
         finished = [(number, arm) for number, arm in alike if run_figures.time_and_accuracy(arm)]
         yield {
             "data": data,
-            "devices": list(dict.fromkeys(device_text(record.device) for record in records)),
+            "devices": list(dict.fromkeys(device_text(record.provenance.device) for record in records)),
             "curves": [_curves(*numbered, shown, limits) for numbered, shown in zip(alike, found, strict=True)],
             **(_over_seeds(i, data, finished) if finished else {"seeds": "", "time": ""}),
         }

@@ -10,16 +10,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fastcifar_jax.analysis.compare import Arm, arm_name, data_key, num_epochs
+from fastcifar_jax.analysis.compare import Arm, arm_name, num_epochs
 from fastcifar_jax.augment import augment, normalize, plan_epoch
 from fastcifar_jax.models.whitening import patch_moments
 from fastcifar_jax.recipe import Recipe
 from fastcifar_jax.report.tables import MAX_VALUE, arms_of, plausible
 from fastcifar_jax.report.text import data_text
 from fastcifar_jax.runs import records
+from fastcifar_jax.runs.provenance import data_key
 from fastcifar_jax.runs.records import Record
 from fastcifar_jax.schedules import count_steps
-from fastcifar_jax.train import make_train
+from fastcifar_jax.train import train_epochs
 from fastcifar_jax.types import Dataset, EpochInfo, flatten_by_path
 
 Points = list[tuple[float, float]]
@@ -129,13 +130,11 @@ def norm_history(
     if not history:
         raise ValueError(f"{recipe.name}: its network has no batch norm with a trained scale or bias")
 
-    def keep(snapshot):
+    for snapshot in train_epochs(recipe, num_classes, jax.random.key(seed), dataset):
         arrays = flatten_by_path(snapshot.state.params)
         for path, rows in history.items():
             rows.append(np.array(arrays[path]))  # a copy: the next epoch overwrites the state
         on_epoch(snapshot.epochs[-1])
-
-    make_train(recipe, num_classes)(jax.random.key(seed), dataset, on_snapshot=keep)
     of = lambda end: {path.removesuffix(end): np.stack(rows) for path, rows in history.items() if path.endswith(end)}
     return NormHistory(of("/scale"), of("/bias"))
 
@@ -148,7 +147,10 @@ def read_arms(paths: Sequence[Path]) -> list[Arm]:
       RecordError: a path without records, or a JSON file that is not a record.
     """
     found = list(records.gather(paths).values())
-    data = {data_key(record): f"{record.experiment} on {data_text(record.data)}" for record in reversed(found)}
+    data: dict[tuple, str] = {}
+    for record in found:
+        made = record.provenance
+        data.setdefault(data_key(made), f"{record.experiment} on {data_text(made.data)}")
     if len(data) > 1:
         raise ValueError(f"these runs saw different images: {'; '.join(data.values())}; name runs on the same data")
     if not any(record.status == "finished" for record in found):

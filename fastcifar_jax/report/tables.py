@@ -7,11 +7,12 @@ from typing import NamedTuple
 
 from fastcifar_jax.analysis import compare as comparison
 from fastcifar_jax.analysis import stats
-from fastcifar_jax.analysis.compare import METRICS, Arm, CompareOptions, data_key, group_arms, values_of
+from fastcifar_jax.analysis.compare import METRICS, Arm, CompareOptions, group_arms, values_of
 from fastcifar_jax.recipe import Published, Recipe, flatten
 from fastcifar_jax.report.text import clean, data_text, device_text, percent, published_percent, seconds
 from fastcifar_jax.runs import records
 from fastcifar_jax.runs.experiments import Experiment
+from fastcifar_jax.runs.provenance import data_key
 from fastcifar_jax.runs.records import STATUSES, Record
 
 CIFAR10 = ("cifar10", 50_000, 10_000)  # the data of the published figures
@@ -62,7 +63,7 @@ def changes(record: Record, recipe: Recipe) -> list[str]:
     found = [f"{name} {record.recipe.get(name)} instead of {declared.get(name)}" for name in names[:MAX_CHANGES]]
     if len(names) > MAX_CHANGES:
         found.append(f"{len(names) - MAX_CHANGES} more values")
-    data = record.data
+    data = record.provenance.data
     return found if (data["source"], data["train"], data["test"]) == CIFAR10 else [data_text(data), *found]
 
 
@@ -110,7 +111,7 @@ def differences(arms: Sequence[Arm], against: str | None = None, previous: bool 
     for arm in sorted(arms, key=lambda arm: arm.name != against):  # stable
         found = values_of(arm, options.metric).values()
         if len(found) > 1 and all(map(plausible, found)):
-            by_data.setdefault(data_key(arm.records[0]), []).append(arm)
+            by_data.setdefault(data_key(arm.records[0].provenance), []).append(arm)
     return [_difference_table(alike, options) for alike in by_data.values() if len(alike) > 1]
 
 
@@ -121,13 +122,11 @@ def run_tables(arms: Sequence[Arm]) -> list[Table]:
     rows = []
     for arm in arms:
         for record in sorted((*arm.records, *arm.repeats), key=lambda record: record.seed):
-            versions = ", ".join(f"{name} {version}" for name, version in record.versions.items())
-            together = f"{record.strategy}, {record.mesh}"
-            environment = (
-                device_text(record.device), versions, record.conv, record.driver, together, record.source_hash[:8]
-            )  # fmt: skip
-            digest, *counts = data_key(record)
-            source = (record.data["source"], digest[:16], *(f"{count:,}" for count in counts))
+            made = record.provenance
+            versions = ", ".join(f"{name} {version}" for name, version in made.versions.items())
+            environment = (device_text(made.device), versions, made.conv, made.mesh, made.source_hash[:8])
+            digest, *counts = data_key(record.provenance)
+            source = (made.data["source"], digest[:16], *(f"{count:,}" for count in counts))
             result = record.result or {}
             show = lambda name, write, result=result: (
                 write(result[name]) if name in result and plausible(result[name]) else ""
@@ -144,7 +143,7 @@ def run_tables(arms: Sequence[Arm]) -> list[Table]:
                "environment", "started", "command", "error")  # fmt: skip
     counts = ", ".join(f"{sum(row[2] == status for row in rows)} {status}" for status in STATUSES)
     return [
-        Table("Environments", ("name", "device", "versions", "convolution", "driver", "strategy, mesh", "source hash"),
+        Table("Environments", ("name", "device", "versions", "convolution", "mesh", "source hash"),
               named(environments)),
         Table("Data", ("name", "source", "hash", "training images", "test images"), named(data),
               frozenset({"training images", "test images"})),
@@ -200,7 +199,7 @@ def _difference_table(arms, options):
         tta, time = summarize(arm, options.metric), summarize(arm, "train_seconds")
         rows.append((arm.name, _count(arm), measured(tta, of_100), *shown, measured(time, seconds)))
     base = "the arm above it" if options.against_previous else arms[0].name
-    caption = f"Each against {base}: {data_text(arms[0].records[0].data)}"
+    caption = f"Each against {base}: {data_text(arms[0].records[0].provenance.data)}"
     return Table(clean(caption), DIFFERENCES, tuple(rows), frozenset(DIFFERENCES[1:]) - {"verdict"})
 
 
@@ -237,7 +236,7 @@ def _note(arm, recipe):
         else:
             notes.append(f"Not comparable: {found}" if found else "Comparable: recipe and data as published")
     notes += filter(None, (status_counts(arm.records, [status]) for status in STATUSES[1:]))
-    devices = dict.fromkeys(device_text(record.device) for record in arm.records)
+    devices = dict.fromkeys(device_text(record.provenance.device) for record in arm.records)
     notes.append(f"{'Different devices' if len(devices) > 1 else 'Device'}: {'; '.join(devices)}")
     return " ".join(f"{note}." for note in notes)
 

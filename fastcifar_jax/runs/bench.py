@@ -17,7 +17,7 @@ from rich.console import Console
 
 from fastcifar_jax.cli import console as report
 from fastcifar_jax.recipe import Recipe
-from fastcifar_jax.runs import records
+from fastcifar_jax.runs import provenance
 
 MIN_ROUNDS = 5
 
@@ -150,8 +150,8 @@ def run(
         "width": task["width"],
         "batch_size": batch_size,
         "rounds": rounds,
-        "device": records.device(),
-        "versions": records.versions(),
+        "device": provenance.device(),
+        "versions": provenance.versions(),
         "contenders": results,
         "failed": failed,
         "ratio": ratio(results),

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
-from fastcifar_jax.data.load import load
-from fastcifar_jax.ops import conv
+from fastcifar_jax.data.load import load_data
+from fastcifar_jax.ops import backend, conv
 from fastcifar_jax.recipe import change
 from fastcifar_jax.runs import experiments as discover
-from fastcifar_jax.runs import records
+from fastcifar_jax.runs import provenance
 
 STEPS = 2  # at a time: two that are not timed and two that are, in every turn
 
@@ -32,7 +32,7 @@ def prepare_jax(recipe, dataset, num_classes):
 
     from fastcifar_jax.train import make_functions, shapes_of, zero_totals
 
-    conv.configure_cpu()
+    backend.configure_cpu()
     dataset = jax.device_put(dataset)
     functions = make_functions(recipe, num_classes, len(dataset.train_labels))
     shapes = shapes_of(functions, recipe, dataset)
@@ -48,7 +48,7 @@ def prepare_jax(recipe, dataset, num_classes):
     lowered = jax.jit(steps, donate_argnums=(0, 1)).lower(
         shapes.state, shapes.totals, dataset, shapes.plan, shapes.index
     )
-    program = lowered.compile(conv.compiler_options())
+    program = lowered.compile(backend.compiler_options())
     seconds = time.perf_counter() - start
     state = jax.jit(functions.init)(jax.random.key(0), dataset)
     plan = jax.jit(functions.plan)(jax.random.key(0), jnp.int32(1), dataset)
@@ -57,7 +57,7 @@ def prepare_jax(recipe, dataset, num_classes):
     def take(first):
         carry[:] = jax.block_until_ready(program(*carry, dataset, plan, np.int32(first)))
 
-    return take, {"compile_seconds": seconds, "conv": conv.conv_backend()[0], "version": jax.__version__}
+    return take, {"compile_seconds": seconds, "conv": backend.conv_backend()[0], "version": jax.__version__}
 
 
 def prepare_torch(recipe, dataset, num_classes, twin, dtype, compiled, tuned):
@@ -65,8 +65,8 @@ def prepare_torch(recipe, dataset, num_classes, twin, dtype, compiled, tuned):
     import torch
 
     if tuned:
-        conv.keep_freed_memory()
-    torch.set_num_threads(records.device()["cores"])
+        backend.keep_freed_memory()
+    torch.set_num_threads(provenance.device()["cores"])
     pad = next((a.padding for a in recipe.augmentations if hasattr(a, "padding")), 0)
     padded = np.pad(dataset.train_images, ((0, 0), (pad, pad), (pad, pad), (0, 0)), mode="reflect")
     images, labels = torch.from_numpy(padded), torch.from_numpy(dataset.train_labels).long()
@@ -101,7 +101,7 @@ def layer_rates(recipe, num_classes: int, repeats: int = 5) -> dict:
 
     from fastcifar_jax.models.base import PRECISIONS
 
-    conv.configure_cpu()
+    backend.configure_cpu()
     precision = PRECISIONS[recipe.compute_dtype]
     model = recipe.model(num_classes, recipe.compute_dtype)
     images = jax.ShapeDtypeStruct((recipe.batch_size, 32, 32, 3), jnp.float32)
@@ -150,7 +150,7 @@ def main() -> None:
     path = Path(task["path"])
     declared = discover.resolve((task["experiment"] if path.parent == folder else str(path),), folder)
     [experiment] = (e for e in declared if e.recipe.name == task["experiment"])
-    dataset, info = load(task["data"], limit_train=task["limit_train"])
+    dataset, info = load_data(task["data"], limit_train=task["limit_train"])
     recipe = change(experiment.recipe, task["set"], None, task["width"], task["dtype"])
     answer = lambda **values: print(json.dumps(values), flush=True)
     if task["kind"] == "layers":

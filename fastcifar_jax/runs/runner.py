@@ -1,30 +1,31 @@
-"""Runs of recipes by either framework: trained, shown and put on record, a seed at a time."""
+"""Runs that are put on record: iterators of what happens, for the caller to show."""
 
 import dataclasses
 import datetime
-import functools
+import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
 import jax
 import numpy as np
-from rich.console import Console
 
-from fastcifar_jax.cli import console as report
-from fastcifar_jax.data.load import DataInfo, load
-from fastcifar_jax.ops import conv
+from fastcifar_jax.data import load
+from fastcifar_jax.data.load import DataInfo
+from fastcifar_jax.functions import eval_variables, make_functions, shapes_of
+from fastcifar_jax.hparams import program_key
 from fastcifar_jax.recipe import Recipe, flatten
-from fastcifar_jax.runs import checkpoint, records
+from fastcifar_jax.runs import checkpoint, provenance, records
 from fastcifar_jax.runs import saved_model as saved
-from fastcifar_jax.runs.logging import Log
+from fastcifar_jax.runs.checkpoint import CheckpointError
 from fastcifar_jax.runs.records import Record, RecordError
-from fastcifar_jax.train import CompiledRun, Diverged, Driver, eval_variables, make_functions, make_train, shapes_of
-from fastcifar_jax.types import Dataset, EpochInfo, RunResult, Snapshot, TrainState
+from fastcifar_jax.schedules import count_steps
+from fastcifar_jax.train import CompiledRun, Diverged, OnSteps, compile_run, train_epochs
+from fastcifar_jax.types import Dataset, EpochInfo, Snapshot
 
-Train = Callable[..., RunResult]  # (seed, on_epoch, on_step, on_compiled), in JAX with resume and on_snapshot
+Programs = dict[tuple, CompiledRun]  # compiled ones, shared by the recipes of a command
 
 
 class LoadedData(NamedTuple):
@@ -51,244 +52,226 @@ class RunSpec(NamedTuple):
         return "torch" if self.twin else "jax"
 
 
-def load_data(source: str, limit_train: int | None, console: Console) -> LoadedData:
+class RunSettings(NamedTuple):
+    """How runs are made and kept."""
+
+    out: Path  # folder of all records
+    command: tuple[str, ...]  # arguments of the command line, for the records
+    rerun: bool = False  # also what is on record
+    checkpoint: bool = False  # save the state after every epoch, and continue from what a killed run saved
+    save: bool = False  # keep the trained model beside the record
+
+
+class Existing(NamedTuple):
+    """A record that makes a run unnecessary."""
+
+    record: Record
+    differs: tuple[str, ...]  # names in its provenance that a run would have differently now
+
+
+class Event(NamedTuple):
+    """What happened in a run: a message, a finished epoch, or the record, which is the last event of a run."""
+
+    spec: RunSpec
+    seed: int
+    news: str | EpochInfo | Existing | Record
+
+
+def record_of(event: Event) -> Record | None:
+    """The record that an event brings, new or existing."""
+    news = event.news.record if isinstance(event.news, Existing) else event.news
+    return news if isinstance(news, Record) else None
+
+
+def load_data(source: str, limit_train: int | None) -> LoadedData:
     """Loads a data set and puts it on the device.
 
     Raises:
-      DataError: it cannot be had.
+      DataError: it cannot be read.
     """
-    console.print(f"loading {source}", soft_wrap=True)
-    dataset, info = load(source, limit_train=limit_train)
-    text = report.device_text(records.device())  # starts the device too, which is no part of the transfer
-    start = time.perf_counter()
+    dataset, info = load.load_data(source, limit_train=limit_train)
+    jax.devices()  # starts the device, which is not part of the transfer
+    began = time.perf_counter()
     dataset = jax.block_until_ready(jax.device_put(dataset))
-    seconds = time.perf_counter() - start
-    console.print(
-        f"{source}: {info.train:,} training and {info.test:,} test images, {len(info.classes)} classes; "
-        f"{seconds:.2f} s to the device: {text}",
-        soft_wrap=True,
-    )
-    return LoadedData(dataset, info, seconds)
+    return LoadedData(dataset, info, time.perf_counter() - began)
 
 
-def make_folders(jobs: Iterable[RunSpec], out: Path) -> None:
-    """Makes the folders of the jobs' records.
+def make_folders(specs: Iterable[RunSpec], settings: RunSettings) -> None:
+    """Makes the folders of the records.
 
     Raises:
       RecordError: one cannot be made or written to.
     """
-    for job in jobs:
-        records.make_folder(_path_of(job, out, 0).parent)
+    for spec in specs:
+        records.make_folder(path_of(spec, settings, 0).parent)
 
 
-def on_record(job: RunSpec, out: Path, seed: int, save: bool = False) -> Record | None:
-    """The record of a run that need not be repeated: the same seed diverges again, but may not crash again.
+def path_of(spec: RunSpec, settings: RunSettings, seed: int) -> Path:
+    """Path of the record of a run."""
+    return records.path_of(settings.out, spec.framework, spec.recipe.name, spec.recipe.hash, spec.data.info.hash, seed)
 
-    With `save` a finished run counts only if its model was saved too.
+
+def existing_record(spec: RunSpec, settings: RunSettings, seed: int) -> Record | None:
+    """The record that makes a run unnecessary: a diverged seed diverges again, a crashed one may not crash again.
+
+    With `settings.save` a finished run counts only if its model was saved too.
+
+    Raises:
+      RecordError: the record is damaged.
     """
-    path = _path_of(job, out, seed)
-    record = records.read(path) if path.exists() else None
-    if save and record and record.status == "finished" and not path.with_suffix(saved.SUFFIX).exists():
+    path = path_of(spec, settings, seed)
+    if settings.rerun or not path.exists():
         return None
-    return record if record and record.status != "crashed" else None
+    record = records.read(path)
+    if settings.save and record.status == "finished" and not path.with_suffix(saved.SUFFIX).exists():
+        return None
+    return None if record.status == "crashed" else record
 
 
-def make_runner(
-    job: RunSpec,
-    ended: list[Record],
-    console: Console,
-    out: Path,
-    driver: Driver,
-    arguments: tuple[str, ...],
-    *,
-    rerun: bool = False,
-    checkpoints: bool = False,
-    save: bool = False,
-    log: Log | None = None,
-    compiled: dict[tuple, CompiledRun] | None = None,
-) -> Callable[[int], Record]:
-    """The runs of one recipe, which compile once.
+def run_all(
+    specs: Sequence[RunSpec],
+    seeds: Iterable[int],
+    settings: RunSettings,
+    programs: Programs,
+    on_steps: OnSteps | None = None,
+) -> Iterator[Event]:
+    """Several recipes, seed by seed, in an order that turns each time: A B, B A, A B, ...
+
+    A machine that slows down, or a driver that is updated overnight, then affects all of them alike.
 
     Args:
-      job: what to run.
-      ended: gets the record of each seed as it ends, so that an interruption or a crash loses none.
-      console: where to show it.
-      out: folder of the records.
-      driver: of JAX's training loop.
-      arguments: of the command, for the record.
-      rerun: whether to run what is on record as well.
-      checkpoints: whether to save the state after every epoch, and to go on from what a killed run saved. JAX only.
-      save: whether to save the trained model beside the record. JAX only.
-      log: is told of every epoch as well.
-      compiled: programs that the recipes of a sweep share.
+      specs: what to run.
+      seeds: of the runs of each.
+      settings: how.
+      programs: compiled ones; gets new ones.
+      on_steps: see `train_epochs`.
 
-    Returns:
-      `run(seed)`: the record of that seed, which is on file when it returns. It raises RecordError for a record that
-      cannot be written, and whatever a crashed run raised after its record is written. A diverged run is no exception.
+    Raises:
+      RecordError: a record cannot be written.
+      Exception: whatever a run raised that crashed, after its record is written. A diverged run raises nothing.
     """
-    recipe, info = job.recipe, job.data.info
-    train = _trainer(job, driver, compiled)
-    new = new_record(job, driver, arguments)
-    each_step = conv.can_sync_each_step()
-    compiles = True
-
-    def run(seed: int) -> Record:
-        nonlocal compiles
-        known = None if rerun else on_record(job, out, seed, save)
-        if known is not None:
-            show_known(job, known, new, console)
-            ended.append(known)
-            return known
-        label = f"{job.arm}, seed {seed}"
-        of_seed, state_file = dataclasses.replace(new, seed=seed), checkpoint.path_of(_path_of(job, out, seed))
-        say = lambda text: console.print(f"{label}: {text}", soft_wrap=True)
-        resume = on_snapshot = None
-        if checkpoints:
-            resume, on_snapshot = checkpoint.keep(state_file, of_seed, lambda: _shapes_of_state(job), say)
-        save_model = (lambda run: _save_model(job, out, seed, run)) if save else None
-        with report.watch(console, label, recipe, info.train, compiles=compiles, each_step=each_step) as watching:
-            show, on_step, on_compiled = watching
-            on_epoch = show if log is None else _both(show, functools.partial(log, label))
-            record, failure = _train_seed(
-                of_seed, train, job.data, on_epoch, on_step, on_compiled, resume, on_snapshot, save_model
-            )
-        compiles = False
-        try:
-            records.write(record, out, tta=recipe.published.tta)
-        except RecordError as error:
-            if failure is None:
-                raise
-            failure.add_note(str(error))
-        if record.status != "crashed":
-            checkpoint.remove(state_file)
-        ended.append(record)
-        console.print(report.seed_line(job.arm, record), soft_wrap=True)
-        if failure is not None:
-            raise failure
-        return record
-
-    return run
-
-
-def run_in_turn(runners: dict[str, Callable[[int], Record]], seeds: Iterable[int]) -> dict[str, list[Record]]:
-    """The records of several recipes, seed by seed and with the order turned each time: A B, B A, A B, ...
-
-    A machine that slows down, or a driver that is updated overnight, then meets all of them alike.
-    """
-    ended: dict[str, list[Record]] = {name: [] for name in runners}
     for i, seed in enumerate(seeds):
-        for name in list(runners)[:: 1 if i % 2 == 0 else -1]:
-            ended[name].append(runners[name](seed))
-    return ended
+        for spec in specs[:: 1 if i % 2 == 0 else -1]:
+            for news in _run_seed(spec, seed, settings, programs, on_steps):
+                yield Event(spec, seed, news)
 
 
-def _path_of(job: RunSpec, out: Path, seed: int) -> Path:
-    return records.path_of(out, job.framework, job.recipe.name, job.recipe.hash, job.data.info.hash, seed)
+def _run_seed(spec, seed, settings, programs, on_steps):
+    new = new_record(spec, seed, settings.command)
+    existing = existing_record(spec, settings, seed)
+    if existing is not None:
+        yield Existing(existing, tuple(existing.provenance.diff(new.provenance)))
+        return
+    state_file = checkpoint.path_of(path_of(spec, settings, seed))
+    rows: tuple[EpochInfo, ...] = ()
+    failure = None
+    try:
+        compile_seconds = yield from _compile(spec, programs)
+        resume = None
+        if settings.checkpoint and os.path.lexists(state_file):
+            resume, message = _resume(spec, state_file, new)
+            yield message
+        yield "training"
+        yield from resume.epochs if resume else ()
+        for snapshot in _snapshots(spec, seed, programs, resume, on_steps):
+            rows = snapshot.epochs
+            if settings.checkpoint:
+                yield from _save_checkpoint(state_file, snapshot, new)
+            yield rows[-1]
+        if settings.save:
+            _save_model(spec, settings, seed, snapshot)
+        record = finished(new, spec, rows, snapshot.setup_seconds, compile_seconds)
+    except Diverged as error:
+        record = diverged(new, error)
+    except Exception as error:
+        record, failure = crashed(new, error, rows), error
+    try:
+        records.write(record, settings.out, tta=spec.recipe.published.tta)
+    except RecordError as error:
+        if failure is None:
+            raise
+        failure.add_note(str(error))
+    if record.status != "crashed":
+        checkpoint.remove_checkpoint(state_file)
+    yield record
+    if failure is not None:
+        raise failure
 
 
-def _save_model(job: RunSpec, out: Path, seed: int, run: RunResult) -> None:
-    assert run.state is not None  # it is kept where seeds are trained one after another
-    accuracies = run.epochs[-1].test_accuracy, run.epochs[-1].tta_accuracy
-    model = saved.of_run(job.recipe, job.data.info, job.data.dataset, seed, eval_variables(run.state), accuracies)
-    saved.write(model, _path_of(job, out, seed).with_suffix(saved.SUFFIX))
+def _compile(spec, programs):
+    """Makes the programs of a run unless they exist; returns the seconds that it took."""
+    if (key := _program(spec)) in programs:
+        return 0.0
+    yield "compiling"
+    num_classes = len(spec.data.info.classes)
+    if spec.twin:
+        programs[key] = None  # PyTorch keeps its programs itself
+        return spec.twin.warm_up(spec.recipe, num_classes, _host_arrays(spec))
+    programs[key] = compile_run(spec.recipe, num_classes, spec.data.dataset)
+    return programs[key].seconds
 
 
-def _shapes_of_state(job: RunSpec) -> TrainState:
-    functions = make_functions(job.recipe, len(job.data.info.classes), job.data.info.train)
-    return shapes_of(functions, job.recipe, job.data.dataset).state
+def _program(spec):
+    shapes = tuple((array.shape, str(array.dtype)) for array in spec.data.dataset)
+    return spec.framework, program_key(spec.recipe), len(spec.data.info.classes), shapes
 
 
-def new_record(job: RunSpec, driver: Driver, arguments: tuple[str, ...]) -> Record:
-    """What is known of a run before it starts."""
-    recipe, info = job.recipe, job.data.info
+def _snapshots(spec, seed, programs, resume, on_steps) -> Iterator[Snapshot]:
+    num_classes = len(spec.data.info.classes)
+    if spec.twin:
+        return spec.twin.train_epochs(spec.recipe, num_classes, seed, _host_arrays(spec), on_steps=on_steps)
+    key, compiled = jax.random.key(seed), programs[_program(spec)]
+    options = {"compiled": compiled, "resume": resume, "on_steps": on_steps}
+    return train_epochs(spec.recipe, num_classes, key, spec.data.dataset, **options)
+
+
+def _host_arrays(spec):
+    return Dataset._make(np.asarray(array) for array in spec.data.dataset)
+
+
+def _resume(spec, state_file, new):
+    """The snapshot in a checkpoint, or None, and a message about it: a fault costs no run."""
+    functions = make_functions(spec.recipe, len(spec.data.info.classes), spec.data.info.train)
+    try:
+        resume = checkpoint.load_checkpoint(state_file, new, shapes_of(functions, spec.recipe, spec.data.dataset).state)
+    except CheckpointError as error:
+        return None, f"warning: {error}; starting from the beginning"
+    return resume, f"continuing after epoch {len(resume.epochs)}, from {state_file}"
+
+
+def _save_checkpoint(state_file, snapshot, new):
+    try:
+        checkpoint.save_checkpoint(state_file, snapshot, new)
+    except CheckpointError as error:
+        yield f"warning: no checkpoint of epoch {len(snapshot.epochs)}: {error}; training continues"
+
+
+def _save_model(spec, settings, seed, snapshot):
+    accuracies = snapshot.epochs[-1].test_accuracy, snapshot.epochs[-1].tta_accuracy
+    variables = eval_variables(snapshot.state)
+    model = saved.of_run(spec.recipe, spec.data.info, spec.data.dataset, seed, variables, accuracies)
+    saved.save_model(model, path_of(spec, settings, seed).with_suffix(saved.SUFFIX))
+
+
+def new_record(spec: RunSpec, seed: int, command: tuple[str, ...], mesh: str = "1x1") -> Record:
+    """Everything that is known of a run before it starts."""
+    recipe, info, twin = spec.recipe, spec.data.info, spec.twin
+    torch = {"conv_backend": "torch", "more_versions": twin.versions()} if twin else {}
     return Record(
         experiment=recipe.name,
-        framework=job.framework,
+        framework=spec.framework,
         recipe=flatten(recipe),
         recipe_repr=repr(recipe),
         recipe_hash=recipe.hash,
-        seed=0,
+        seed=seed,
         status="crashed",
         error=None,
-        data={"source": info.source, "hash": info.hash, "train": info.train, "test": info.test},
-        device=records.device(),
-        versions={**records.versions(), **(job.twin.versions() if job.twin else {})},
-        source_hash=records.source_hash(job.path),
-        conv="torch" if job.twin else conv.conv_backend()[0],
-        driver="python" if job.twin else driver,
-        command=arguments,
-        started="",
+        provenance=provenance.collect(info, spec.path, recipe.compute_dtype, mesh=mesh, **torch),
+        command=command,
+        started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         epochs=(),
         result=None,
     )
-
-
-def _trainer(job: RunSpec, driver: Driver, compiled: dict[tuple, CompiledRun] | None) -> Train:
-    num_classes = len(job.data.info.classes)
-    if job.twin is None:
-        train = make_train(job.recipe, num_classes, driver, compiled)
-        return lambda seed, *callbacks, **kept: train(jax.random.key(seed), job.data.dataset, *callbacks, **kept)
-    train = job.twin.make_train(job.recipe, num_classes)
-    arrays = Dataset._make(np.asarray(array) for array in job.data.dataset)
-    return lambda seed, *callbacks: train(seed, arrays, *callbacks)
-
-
-def _provenance_diff(known: Record, new: Record) -> list[str]:
-    """What differs in the making of two records of one run."""
-    fields = {"source code": "source_hash"} | {name: name for name in ("device", "driver", "strategy", "mesh")}
-    return [text for text, name in fields.items() if getattr(known, name) != getattr(new, name)]
-
-
-def show_known(job: RunSpec, known: Record, new: Record, console: Console) -> None:
-    """Says that a run is on record, and what made it otherwise than `new` would be made."""
-    other = "".join(f", by another {name}" for name in _provenance_diff(known, new))
-    console.print(f"{report.seed_line(job.arm, known)} (on record{other}; --rerun repeats it)", soft_wrap=True)
-
-
-def _both(first: report.OnEpoch, second: report.OnEpoch) -> report.OnEpoch:
-    def on_epoch(row):
-        first(row)
-        second(row)
-
-    return on_epoch
-
-
-def _train_seed(
-    new: Record,
-    train: Train,
-    data: LoadedData,
-    on_epoch: report.OnEpoch,
-    on_step: report.OnStep | None,
-    on_compiled: report.OnCompiled,
-    resume: Snapshot | None = None,
-    on_snapshot: Callable[[Snapshot], None] | None = None,
-    save: Callable[[RunResult], None] | None = None,
-) -> tuple[Record, Exception | None]:
-    """The record of one run, and the exception of a run that crashed."""
-    rows = []
-
-    def on_epoch_kept(row):
-        rows.append(row)
-        on_epoch(row)
-
-    new = dataclasses.replace(new, started=now())
-    for row in resume.epochs if resume else ():
-        on_epoch_kept(row)
-    kept = {"resume": resume, "on_snapshot": on_snapshot} if on_snapshot else {}
-    try:
-        run = train(new.seed, on_epoch_kept, on_step, on_compiled, **kept)
-    except Diverged as error:
-        return diverged(new, error), None
-    except Exception as error:
-        return crashed(new, error, rows), error
-    if save is not None:
-        save(run)
-    return finished(new, run, data), None
-
-
-def now() -> str:
-    """UTC, ISO 8601, in seconds."""
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def diverged(new: Record, error: Diverged) -> Record:
@@ -296,21 +279,26 @@ def diverged(new: Record, error: Diverged) -> Record:
     return dataclasses.replace(new, status="diverged", error=str(error), epochs=error.epochs)
 
 
-def crashed(new: Record, error: Exception, rows: Iterable[EpochInfo]) -> Record:
+def crashed(new: Record, error: Exception, rows: Sequence[EpochInfo]) -> Record:
     """The record of a run that an exception ended after `rows`."""
     message = f"{type(error).__name__}: {error}"
     return dataclasses.replace(new, status="crashed", error=message, epochs=tuple(rows))
 
 
-def finished(new: Record, run: RunResult, data: LoadedData) -> Record:
+def finished(
+    new: Record, spec: RunSpec, rows: Sequence[EpochInfo], setup_seconds: float, compile_seconds: float
+) -> Record:
     """The record of a run that came to its end."""
-    result = {
-        "test_accuracy": run.epochs[-1].test_accuracy,
-        "tta_accuracy": run.epochs[-1].tta_accuracy,
-        "train_seconds": data.transfer_seconds + run.train_seconds,
-        "setup_seconds": run.setup_seconds,
-        "transfer_seconds": data.transfer_seconds,
-        "compile_seconds": run.compile_seconds,
-        "images_per_second": run.images_per_second,
+    recipe, transfer_seconds = spec.recipe, spec.data.transfer_seconds
+    num_images = count_steps(recipe.num_epochs, spec.data.info.train // recipe.batch_size) * recipe.batch_size
+    seconds = sum(row.train_seconds for row in rows)
+    result: records.Result = {
+        "test_accuracy": rows[-1].test_accuracy,
+        "tta_accuracy": rows[-1].tta_accuracy,
+        "train_seconds": transfer_seconds + setup_seconds + seconds,
+        "setup_seconds": setup_seconds,
+        "transfer_seconds": transfer_seconds,
+        "compile_seconds": compile_seconds,
+        "images_per_second": num_images / seconds,
     }
-    return dataclasses.replace(new, status="finished", epochs=run.epochs, result=result)
+    return dataclasses.replace(new, status="finished", epochs=tuple(rows), result=result)

@@ -1,8 +1,7 @@
-"""Saved models: the weights that a finished run was evaluated with, in one safetensors file, and prediction with them.
+"""Saved models: the weights that a run was evaluated with and its recipe, in one safetensors file.
 
-Files are treated as untrusted. They hold arrays and JSON text; the network is built from this package's own classes,
-each field checked against its type, and nothing in a file is executed. A part that is a user's own class cannot be
-named by a file: it is taken from the recipe that the caller gives.
+Files are treated as untrusted: they hold arrays and JSON text, nothing in them is executed, and a class of the user's
+own is taken from the recipe that the caller passes, never imported.
 """
 
 import contextlib
@@ -24,55 +23,44 @@ from scipy.special import softmax
 from fastcifar_jax import __version__
 from fastcifar_jax.augment import normalize
 from fastcifar_jax.data.load import DataInfo, hash_of
-from fastcifar_jax.evaluate import CHUNK, TTA, in_chunks
-from fastcifar_jax.models.base import PRECISIONS, Network, Variables
-from fastcifar_jax.recipe import Recipe, resolve_dtype
-from fastcifar_jax.runs import records
-from fastcifar_jax.runs.parts import NETWORKS, TTAS, OwnPartError, PartError, build_or_own, to_json, typed
-from fastcifar_jax.train import eval_variables, make_functions
-from fastcifar_jax.tunable import tunable, with_tunable
+from fastcifar_jax.evaluate import CHUNK, in_chunks
+from fastcifar_jax.models.base import PRECISIONS, Variables
+from fastcifar_jax.recipe import Recipe, from_dict, to_dict
+from fastcifar_jax.runs import files
+from fastcifar_jax.serialization import UnknownPartError, from_plain, part_classes
 from fastcifar_jax.types import Dataset, Logits, Pixels, flatten_by_path
 
-FORMAT = 1
+FORMAT = 2
 SUFFIX = ".safetensors"
-MAX_FILE = 1 << 30  # bytes; a ResNet9 of the original width has 26 MB
-MAX_HEADER = 1 << 20  # bytes; the same one's has 6 kB
+MAX_FILE = 1 << 30  # bytes; a ResNet9 of the original width takes 26 MB
+MAX_HEADER = 1 << 20  # bytes; that of the same ResNet9 takes 7 kB
 MAX_SIDE = 1024  # pixels of an image
 
 
 class SavedModelError(ValueError):
-    """A model that cannot be saved or loaded; the message names the file, the fault and what to do."""
+    """A model that cannot be saved or loaded; the message names the file, what is wrong and what to do."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SavedModel:
-    """A trained network with all that its predictions depend on.
+    """A trained network with everything that its predictions depend on.
 
     Attributes:
-      experiment: name of the recipe.
+      recipe: of the run.
       seed: of the run.
-      recipe_hash: of the whole recipe, as in the record.
-      recipe_repr: the whole recipe as a Python expression, to be read by people.
       version: of the package that saved it.
-      data_source: what it was trained on, as it was asked for.
+      data_source: training data, as given to `load_data`.
       data_hash: of both splits, as in the record.
-      test_hash: SHA-256 of the test images and labels, as `data.hash_of` has it.
+      test_hash: SHA-256 of the test images and labels.
       test_accuracy: on record, as a fraction.
       tta_accuracy: on record, with test-time augmentation, as a fraction.
       classes: names, in the order of the logits.
       image_shape: height, width and channels.
-      mean: of the pixels, per channel, 0..255.
-      std: of the pixels, per channel, 0..255.
-      compute_dtype: a key of `PRECISIONS`.
-      network: builds the model.
-      tta: views of an image.
-      variables: the evaluated ones, float32; averaged where the recipe has an average.
+      variables: float32; the averaged ones where the recipe has an average.
     """
 
-    experiment: str
+    recipe: Recipe
     seed: int
-    recipe_hash: str
-    recipe_repr: str
     version: str
     data_source: str
     data_hash: str
@@ -81,277 +69,200 @@ class SavedModel:
     tta_accuracy: float
     classes: tuple[str, ...]
     image_shape: tuple[int, int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    compute_dtype: str
-    network: Network
-    tta: TTA
     variables: Variables = dataclasses.field(repr=False)
 
+    def __post_init__(self):
+        height, width, channels = self.image_shape
+        if type(self.seed) is not int or not 0 <= self.seed < 2**32:
+            raise SavedModelError(f"seed is {self.seed!r:.80}; expected a whole number from 0 to below 2**32")
+        if not self.classes or self.recipe.compute_dtype == "auto":
+            raise SavedModelError(f"it has {len(self.classes)} classes and dtype {self.recipe.compute_dtype!r}")
+        if not (1 <= min(height, width) and max(height, width) <= MAX_SIDE and channels == len(self.recipe.mean)):
+            raise SavedModelError(f"its images are {self.image_shape}; expected sides of at most {MAX_SIDE} pixels")
+
     def predict(self, images: Pixels | np.ndarray) -> Float[np.ndarray, "n classes"]:
-        """The probabilities of the classes, with the model's own normalisation and test-time augmentation.
+        """Class probabilities with test-time augmentation, float32.
 
         Args:
-          images: uint8 `[n, height, width, channels]` of `image_shape`; any number, a part of them at a time.
-
-        Returns:
-          float32, rows that sum to 1.
+          images: uint8 `[n, height, width, channels]` of `image_shape`; any number.
 
         Raises:
-          ValueError: other images.
-          SavedModelError: weights that give no finite logits.
+          ValueError: images of another shape or dtype.
+          SavedModelError: weights that give logits that are not finite.
         """
         images = np.asarray(self._checked(images))
-        logits = [np.zeros((0, len(self.classes)), np.float32)]
-        for start in range(0, len(images), CHUNK):
-            chunk = images[start : start + CHUNK]
-            # Filled up to a power of two, so that few programs serve chunks of any size.
-            size = min(CHUNK, 1 << (len(chunk) - 1).bit_length())
-            filled = np.concatenate([chunk, np.zeros((size - len(chunk), *self.image_shape), np.uint8)])
-            logits.append(np.asarray(self._of_chunk(self._values, self.variables, filled)[1])[: len(chunk)])
-        return softmax(_finite(np.concatenate(logits)).astype(np.float64), axis=-1).astype(np.float32)
+        # Padded to a power of two or to whole chunks, so that few sizes are compiled.
+        size = 1 << max(len(images) - 1, 0).bit_length()
+        size = size if size < CHUNK else -(-len(images) // CHUNK) * CHUNK
+        padded = np.pad(images, ((0, size - len(images)), (0, 0), (0, 0), (0, 0)))
+        logits = self.logits(padded)[1][: len(images)]
+        return softmax(logits.astype(np.float64), axis=-1).astype(np.float32)
 
     def logits(self, images: Pixels | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Logits of a whole test set without and with test-time augmentation, as the evaluation of a run has them.
+        """Logits without and with test-time augmentation, float32 `[n, classes]` each.
 
-        One program takes all images, in the chunks of `evaluate.evaluate`, so that its rounding is the same; it is
-        compiled anew for each number of images.
-
-        Args:
-          images: uint8 `[n, height, width, channels]`, at least one.
-
-        Returns:
-          Twice float32 `[n, classes]`.
+        One program takes all images, in the chunks of `evaluate.evaluate`, so that its rounding is the same. It is
+        compiled for each number of images.
 
         Raises:
-          ValueError: other images.
-          SavedModelError: weights that give no finite logits.
+          ValueError: no images, or images that are not uint8 `[n, height, width, channels]`.
+          SavedModelError: weights that give logits that are not finite.
         """
-        images = self._checked(images)
-        if not len(images):
-            raise ValueError("there are no images; give one at least")
-        plain, views = self._of_all(self._values, self.variables, images)
-        return _finite(np.asarray(plain)), _finite(np.asarray(views))
+        if not len(self._checked(images)):
+            raise ValueError("there are no images; give at least one")
+        plain, views = map(np.asarray, self._jitted(self.variables, images))
+        if not (np.isfinite(plain).all() and np.isfinite(views).all()):
+            raise SavedModelError("the model gives logits that are not finite; save it again, or fetch the file again")
+        return plain, views
 
     def _checked(self, images):
-        if getattr(images, "dtype", None) != np.uint8 or images.ndim != 4 or images.shape[1:] != self.image_shape:
-            given = f"{images.dtype} {images.shape}" if hasattr(images, "dtype") else type(images).__name__
-            height, width, channels = self.image_shape
-            raise ValueError(f"images are {given}; expected uint8 (n, {height}, {width}, {channels}), 0 to 255")
+        given, shape = (getattr(images, name, None) for name in ("dtype", "shape"))
+        if given != np.uint8 or len(shape) != 4 or shape[1:] != self.image_shape:
+            expected = ", ".join(map(str, self.image_shape))
+            raise ValueError(f"images are {type(images).__name__} {given} {shape}; expected uint8 (n, {expected})")
         return images
 
     @functools.cached_property
-    def _recipe(self):
-        """A recipe with the parts that count here and no more."""
-        return Recipe(model=self.network, tta=self.tta, mean=self.mean, std=self.std, compute_dtype=self.compute_dtype)
+    def _jitted(self):
+        return jax.jit(self._evaluate)
 
-    @functools.cached_property
-    def _values(self):
-        # Arguments of the program as in training: a constant would be rounded at another place.
-        return {name: value for name, value in tunable(self._recipe).items() if name.startswith("model.")}
-
-    @functools.cached_property
-    def _of_chunk(self):
-        return jax.jit(self._views)
-
-    @functools.cached_property
-    def _of_all(self):
-        def of_all(values, variables, pixels):
-            views = functools.partial(self._views, values, variables)
-            parts = in_chunks(views, (pixels,), lambda stacked: stacked.reshape(-1, stacked.shape[-1]))
-            return jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
-
-        return jax.jit(of_all)
-
-    def _views(self, values: dict[str, Any], variables: Variables, pixels: Pixels) -> tuple[Logits, Logits]:
-        model = with_tunable(self._recipe, values).model(len(self.classes), self.compute_dtype)
-        images = normalize(pixels, self.mean, self.std, PRECISIONS[self.compute_dtype].images)
+    def _evaluate(self, variables: Variables, pixels: Pixels) -> tuple[Logits, Logits]:
+        recipe = self.recipe
+        model = recipe.model(len(self.classes), recipe.compute_dtype)
         predict = lambda images: model.apply(variables, images, False)[0]
-        return predict(images), self.tta(predict, images)
+
+        def both(pixels):
+            images = normalize(pixels, recipe.mean, recipe.std, PRECISIONS[recipe.compute_dtype].images)
+            return predict(images), recipe.tta(predict, images)
+
+        parts = in_chunks(both, (pixels,), lambda stacked: stacked.reshape(-1, stacked.shape[-1]))
+        return jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
 
 
-TYPES = typing.get_type_hints(SavedModel)
-JSON_FIELDS = [name for name in TYPES if name != "variables"]
+HINTS = typing.get_type_hints(SavedModel)
+FACTS = tuple(name for name in HINTS if name not in ("recipe", "seed", "variables"))  # checked by their type hints
 
 
 def of_run(
     recipe: Recipe, info: DataInfo, dataset: Dataset, seed: int, variables: Variables, accuracies: tuple[float, float]
 ) -> SavedModel:
-    """The model that a run has trained.
-
-    Args:
-      recipe: of the run.
-      info: of its data.
-      dataset: its data.
-      seed: of the run.
-      variables: `train.eval_variables` of its last state.
-      accuracies: on the test images, without and with test-time augmentation.
-    """
-    recipe = resolve_dtype(recipe)
-    _, height, width, channels = dataset.test_images.shape
-    return SavedModel(
-        experiment=recipe.name,
-        seed=seed,
-        recipe_hash=recipe.hash,
-        recipe_repr=repr(recipe),
-        version=__version__,
-        data_source=info.source,
-        data_hash=info.hash,
-        test_hash=hash_of(dataset.test_images, dataset.test_labels),
-        test_accuracy=accuracies[0],
-        tta_accuracy=accuracies[1],
-        classes=info.classes,
-        image_shape=(height, width, channels),
-        mean=recipe.mean,
-        std=recipe.std,
-        compute_dtype=recipe.compute_dtype,
-        network=recipe.model,
-        tta=recipe.tta,
-        variables=variables,
-    )
+    """The model of a run: its recipe with a resolved dtype, its data, seed, `eval_variables`, and test accuracies
+    without and with test-time augmentation."""
+    shape, test_hash = dataset.test_images.shape[1:], hash_of(dataset.test_images, dataset.test_labels)
+    facts = (__version__, info.source, info.hash, test_hash, *accuracies, info.classes, shape)
+    return SavedModel(recipe, seed, *facts, variables)
 
 
-def check(recipe: Recipe, info: DataInfo, dataset: Dataset) -> None:
-    """Makes sure, before anything is trained, that the model of a run can be saved and loaded again.
+def check_saveable(recipe: Recipe, info: DataInfo, dataset: Dataset) -> None:
+    """Checks, before anything is trained, that the model of a run can be saved and loaded again.
 
     Raises:
       SavedModelError: it cannot.
     """
-    functions = make_functions(recipe, len(info.classes), len(dataset.train_labels))
-    state = jax.eval_shape(functions.init, jax.eval_shape(lambda: jax.random.key(0)), dataset)
-    blank = of_run(recipe, info, dataset, 0, eval_variables(state), (0.0, 0.0))
-    with _faults_of(f"a model of {recipe.name!r}", "change the recipe, or leave out --save"):
-        rebuilt = _rebuilt(_metadata_of(blank), recipe)
-        _check_tensors(flatten_by_path(blank.variables), _expected(rebuilt))
+    with _errors_about(f"a model of {recipe.name!r}", "change the recipe, or leave out --save"):
+        model = _from_json(_to_json(of_run(recipe, info, dataset, 0, {}, (0.0, 0.0))), recipe)
+        if model.recipe != recipe:
+            raise SavedModelError(f"its recipe would be loaded as {model.recipe}; rename classes of your own")
+        _expected(model)
 
 
-def write(model: SavedModel, path: Path) -> None:
+def save_model(model: SavedModel, path: Path) -> None:
     """Writes a model, whole or not at all.
 
     Raises:
       RecordError: the file cannot be written; what was there before is still there.
     """
     tensors = {name: np.array(leaf, order="C") for name, leaf in flatten_by_path(model.variables).items()}
-    records.write_bytes(path, safetensors.numpy.save(tensors, _metadata_of(model)))
+    files.write_bytes(path, safetensors.numpy.save(tensors, {"fastcifar_jax": _to_json(model)}))
 
 
-def load(path: str | os.PathLike[str], *, recipe: Recipe | None = None) -> SavedModel:
-    """Reads a saved model.
+def load_model(path: str | os.PathLike[str], recipe: Recipe | None = None) -> SavedModel:
+    """Reads a model that `run --save` wrote.
 
     Args:
-      path: of a file that `run --save` wrote.
-      recipe: where a model's network or test-time augmentation is no class of this package, the recipe that has it;
-        of no account otherwise.
+      path: of the file.
+      recipe: has the parts that are classes of your own; needed only if the model's recipe has such parts.
 
     Raises:
       SavedModelError: there is no such file, it is damaged or of another version, or it needs `recipe`.
     """
-    with _faults_of(str(path), "save the model again, or fetch the file again"):
+    with _errors_about(str(path), "save the model again, or fetch the file again"):
         data = _bounded_bytes(Path(path))
         tensors = safetensors.numpy.load(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        model = _rebuilt(header.get("__metadata__", {}), recipe)
+        if "fastcifar_jax" not in header.get("__metadata__", {}):
+            raise SavedModelError("another program wrote it; expected a file of `run --save`")
+        model = _from_json(header["__metadata__"]["fastcifar_jax"], recipe)
         expected = _expected(model)
-        _check_tensors(tensors, expected)
-        for name, array in tensors.items():
-            if not np.isfinite(array).all():
-                raise SavedModelError(f"tensor {name!r} holds numbers that are not finite")
+        _check_tensors(tensors, flatten_by_path(expected))
         leaves = [jax.device_put(tensors[name]) for name in flatten_by_path(expected)]
-        variables = jax.tree.unflatten(jax.tree.structure(expected), leaves)
-        return dataclasses.replace(model, variables=variables)
+        return dataclasses.replace(model, variables=jax.tree.unflatten(jax.tree.structure(expected), leaves))
 
 
 @contextlib.contextmanager
-def _faults_of(what, advice):
-    """Turns every error about a file into a SavedModelError that names it."""
+def _errors_about(what, advice):
+    """Turns every error about a file into a SavedModelError of one line that names it."""
     try:
         yield
-    except OwnPartError as error:
-        raise SavedModelError(f"{what}: {error}") from error
-    except (SavedModelError, PartError) as error:
-        raise SavedModelError(f"{what}: {error}; {advice}") from error
-    except OSError as error:
-        raise SavedModelError(f"{what} cannot be read: {error.strerror or error}; give the path of a model") from error
     except Exception as error:  # bytes from elsewhere may make a parser, or a network built from them, raise anything
-        reason = "".join(c if c.isprintable() else " " for c in str(error)[:200])  # it may quote the bytes
-        raise SavedModelError(f"{what} is no saved model ({type(error).__name__}: {reason}); {advice}") from error
+        reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        reason = "".join(c if c.isprintable() else " " for c in reason[:600])
+        if isinstance(error, UnknownPartError):
+            advice = "for a class of your own, give its recipe: load_model(path, recipe=my_recipe), or --recipe"
+        raise SavedModelError(f"{what}: {reason}; {advice}") from error
 
 
-def _bounded_bytes(path):
-    """A file's bytes, if its size and that of its header are possible ones."""
-    if not path.is_file():
-        raise SavedModelError("there is no such file")
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        length = int.from_bytes(file.read(8), "little")
-        if not 8 < size <= MAX_FILE:
-            raise SavedModelError(f"it has {size} bytes; expected a model of at most {MAX_FILE}")
-        if not 0 < length <= min(MAX_HEADER, size - 8):
-            raise SavedModelError(f"its header claims {length} bytes of {size}; at most {MAX_HEADER} are read")
-        file.seek(0)
-        return file.read(size)  # `read` allocates what it is asked for, whatever is there
+def _bounded_bytes(path: Path) -> bytes:
+    size = path.stat().st_size if path.is_file() else -1  # a pipe would be waited for
+    if not 8 < size <= MAX_FILE:
+        raise SavedModelError(
+            f"it has {size} bytes; expected at most {MAX_FILE}" if size >= 0 else "there is no such file"
+        )
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    if not 0 < length <= min(MAX_HEADER, size - 8):
+        raise SavedModelError(f"its header claims {length} bytes of {size}; at most {MAX_HEADER} are read")
+    return data
 
 
-# Names and shapes of the arrays.
+def _to_json(model: SavedModel) -> str:
+    facts = {name: getattr(model, name) for name in FACTS}
+    return json.dumps({"format": FORMAT, "recipe": to_dict(model.recipe), "seed": model.seed, **facts})
+
+
+def _from_json(text: str, recipe: Recipe | None) -> SavedModel:
+    """The model without its variables."""
+    values = json.loads(text)
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        raise SavedModelError(f"its description is {values!r:.60}; this version reads format {FORMAT}")
+    if values.keys() != {"format", "recipe", "seed", *FACTS}:
+        raise SavedModelError(f"it describes {', '.join(values):.300}; expected recipe, seed, {', '.join(FACTS)}")
+    facts = {name: from_plain(values[name], HINTS[name], name, {}) for name in FACTS}
+    own = [cls for cls in part_classes(recipe) if not cls.__module__.startswith("fastcifar_jax.")]
+    return SavedModel(recipe=from_dict(values["recipe"], own), seed=values["seed"], **facts, variables={})
 
 
 def _expected(model: SavedModel) -> Variables:
-    """The variables' shapes and dtypes by the network; a trace of the prediction shows that it fits the images."""
-    network = model.network(len(model.classes), model.compute_dtype)
+    """Shapes and dtypes of the network's variables; traces a prediction to check that it fits the images."""
+    network = model.recipe.model(len(model.classes), model.recipe.compute_dtype)
     key = jax.eval_shape(lambda: jax.random.key(0))
     variables = jax.eval_shape(network.init, key, jax.ShapeDtypeStruct((1, *model.image_shape), jnp.float32))
     for name, leaf in flatten_by_path(variables).items():
         if leaf.dtype != jnp.float32:
             raise SavedModelError(f"the network keeps {name!r} in {leaf.dtype}; saved models hold float32 only")
-    pixels = jax.ShapeDtypeStruct((1, *model.image_shape), jnp.uint8)
-    plain, views = jax.eval_shape(model._views, model._values, variables, pixels)
-    if plain.shape != (1, len(model.classes)) or views.shape != plain.shape:
-        raise SavedModelError(f"it gives logits {plain.shape} and {views.shape} for {len(model.classes)} classes")
+    both = jax.eval_shape(model._evaluate, variables, jax.ShapeDtypeStruct((1, *model.image_shape), jnp.uint8))
+    if any(logits.shape != (1, len(model.classes)) for logits in both):
+        raise SavedModelError(f"it gives logits {both} for {len(model.classes)} classes")
     return variables
 
 
-def _check_tensors(tensors: dict[str, Any], expected: Variables) -> None:
-    named = flatten_by_path(expected)
-    if lacking := sorted(named.keys() - tensors.keys()):
-        raise SavedModelError(f"it lacks the tensors {', '.join(lacking)[:200]}")
-    if unknown := sorted(tensors.keys() - named.keys()):
-        raise SavedModelError(f"it holds the unknown tensors {', '.join(map(repr, unknown))[:200]}")
-    for name, leaf in named.items():
-        got = tensors[name]
-        if got.dtype != leaf.dtype or got.shape != leaf.shape:
-            raise SavedModelError(f"{name!r} is {got.dtype} {got.shape}; expected {leaf.dtype} {leaf.shape}")
-
-
-def _finite(logits):
-    if not np.isfinite(logits).all():
-        raise SavedModelError("the model gives logits that are not finite; save it again, or fetch the file again")
-    return logits
-
-
-# The metadata: one JSON text, because the library does not keep the order of several.
-
-
-def _metadata_of(model: SavedModel) -> dict[str, str]:
-    fields = {"format": FORMAT, **{name: to_json(getattr(model, name)) for name in JSON_FIELDS}}
-    return {"fastcifar_jax": json.dumps(fields)}
-
-
-def _rebuilt(metadata: dict[str, str], recipe: Recipe | None) -> SavedModel:
-    """The model of this metadata, without its variables."""
-    if "fastcifar_jax" not in metadata:
-        raise SavedModelError("another program has written it; expected a file of `run --save`")
-    fields = json.loads(metadata["fastcifar_jax"])
-    if fields["format"] != FORMAT:
-        by = f"fastcifar_jax {fields.get('version')!r:.40}"
-        raise SavedModelError(f"it is of format {fields['format']!r:.40}, by {by}; this version reads {FORMAT}")
-    if fields.keys() != {"format", *JSON_FIELDS}:
-        raise SavedModelError(f"its metadata are {sorted(fields)!s:.300}; expected format and {', '.join(JSON_FIELDS)}")
-    values = {name: typed(fields[name], TYPES[name], name) for name in JSON_FIELDS if name not in ("network", "tta")}
-    if not values["classes"] or values["compute_dtype"] not in PRECISIONS:
-        raise SavedModelError(f"it has {len(values['classes'])} classes and dtype {values['compute_dtype']!r:.40}")
-    height, width, channels = values["image_shape"]
-    if not (1 <= min(height, width) and max(height, width) <= MAX_SIDE and channels == len(values["mean"])):
-        raise SavedModelError(f"its images are {values['image_shape']}; expected sides of at most {MAX_SIDE}")
-    network = build_or_own(fields["network"], NETWORKS, "network", recipe and recipe.model)
-    tta = build_or_own(fields["tta"], TTAS, "tta", recipe and recipe.tta)
-    return SavedModel(**values, network=network, tta=tta, variables={})
+def _check_tensors(tensors: dict[str, np.ndarray], expected: dict[str, Any]) -> None:
+    if tensors.keys() != expected.keys():
+        differing = ", ".join(map(repr, sorted(tensors.keys() ^ expected.keys())))
+        raise SavedModelError(f"tensors that differ from the network's: {differing:.200}")
+    for name, leaf in expected.items():
+        array = tensors[name]
+        if array.dtype != leaf.dtype or array.shape != leaf.shape:
+            raise SavedModelError(f"{name!r} is {array.dtype} {array.shape}; expected {leaf.dtype} {leaf.shape}")
+        if not np.isfinite(array).all():
+            raise SavedModelError(f"{name!r} has values that are not finite")

@@ -1,110 +1,89 @@
-"""Many seeds of a recipe side by side, over devices and processes: trained, shown and put on record."""
+"""Many seeds of one recipe over several devices and processes, put on record as they end."""
 
-import dataclasses
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 
 from jax.sharding import Mesh
-from rich.console import Console
 
-from fastcifar_jax.cli import console as report
 from fastcifar_jax.parallel import hosts
-from fastcifar_jax.parallel.mesh import Strategy
-from fastcifar_jax.parallel.seeds import make_train_seeds
+from fastcifar_jax.parallel.seeds import train_seeds
 from fastcifar_jax.runs import records
-from fastcifar_jax.runs import runner as runs
-from fastcifar_jax.runs.records import Record, RecordError
-from fastcifar_jax.runs.runner import RunSpec
-from fastcifar_jax.train import CompiledRun, Diverged, Driver, steps_of_epochs
+from fastcifar_jax.runs.runner import (
+    Event,
+    Existing,
+    RunSettings,
+    RunSpec,
+    crashed,
+    diverged,
+    existing_record,
+    finished,
+    new_record,
+)
+from fastcifar_jax.train import Diverged
 from fastcifar_jax.types import EpochInfo
 
 
-class Refused(ValueError):
-    """Nothing was trained: a recipe that does not fit the mesh, or processes that disagree about what is to be run."""
+class MeshError(ValueError):
+    """Nothing was trained: a recipe that does not fit the mesh, or processes that were given different things."""
 
 
-def run_together(
-    job: RunSpec,
-    seeds: Iterable[int],
-    ended: list[Record],
-    console: Console,
-    out: Path,
-    driver: Driver,
-    arguments: tuple[str, ...],
-    *,
-    strategy: Strategy,
-    mesh: Mesh,
-    rerun: bool = False,
-    compiled: dict[tuple, CompiledRun] | None = None,
-) -> None:
-    """Runs many seeds of one recipe side by side, with the arguments of `runs.make_runner` and `make_train_seeds`.
+def run_together(spec: RunSpec, seeds: Sequence[int], settings: RunSettings, mesh: Mesh) -> Iterator[Event]:
+    """Runs the seeds that are not on record, a seed per row of devices at a time.
 
-    With several processes all call this alike. Process 0 alone decides which seeds are on record, writes and prints.
+    With several processes all call this with the same arguments. Process 0 alone decides which seeds are on record, and
+    writes; the events of the others are not to be shown.
 
     Args:
-      job: what to run, in JAX.
+      spec: what to run, in JAX.
       seeds: of the runs.
-      ended: gets the record of each seed as it ends; on the other processes too, but without those on file.
-      console: where to show it.
-      out: folder of the records.
-      driver: of JAX's training loop.
-      arguments: of the command, for the record.
-      strategy: what a device does with several seeds.
+      settings: how; `checkpoint` and `save` do not apply.
       mesh: from `make_mesh`.
-      rerun: whether to run what is on record as well.
-      compiled: programs that the recipes of a sweep share.
 
     Raises:
       RecordError: a record cannot be written.
-      Refused: nothing was trained.
+      MeshError: nothing was trained.
+      Exception: whatever a run raised that crashed, after records of the seeds in training are written.
     """
-    shape = "x".join(str(size) for size in mesh.shape.values())
-    new = dataclasses.replace(runs.new_record(job, driver, arguments), strategy=strategy, mesh=shape)
-    seeds, writes = list(seeds), hosts.writes_records()
-    on_file = [None if rerun or not writes else runs.on_record(job, out, seed) for seed in seeds]
-    for record in filter(None, on_file):
-        runs.show_known(job, record, new, console)
-        ended.append(record)
-    flags = hosts.from_process_0([int(record is None) for record in on_file])
-    todo = [seed for seed, flag in zip(seeds, flags, strict=True) if flag]
-    if not todo:
+    shape, writes = "x".join(map(str, mesh.shape.values())), hosts.writes_records()
+    existing = [existing_record(spec, settings, seed) if writes else None for seed in seeds]
+    for seed, record in zip(seeds, existing, strict=True):
+        if record:
+            differs = record.provenance.diff(new_record(spec, seed, settings.command, shape).provenance)
+            yield Event(spec, seed, Existing(record, tuple(differs)))
+    missing = hosts.from_process_0([int(record is None) for record in existing])
+    seeds = [seed for seed, flag in zip(seeds, missing, strict=True) if flag]
+    if not seeds:
         return
-    new = dataclasses.replace(new, started=runs.now())
-    rows: dict[int, list[EpochInfo]] = {seed: [] for seed in todo}
-    steps_per_epoch = job.data.info.train // job.recipe.batch_size
+    rows: dict[int, list[EpochInfo]] = {seed: [] for seed in seeds}
+    new = {seed: new_record(spec, seed, settings.command, shape) for seed in seeds}
+    setup_seconds = compile_seconds = 0.0
 
-    def end(record):
+    def write(record):
         if writes:
-            records.write(record, out, tta=job.recipe.published.tta)
-        ended.append(record)
-        del rows[record.seed]
-        console.print(report.seed_line(job.arm, record), soft_wrap=True)
+            records.write(record, settings.out, tta=spec.recipe.published.tta)
 
-    def on_seed(seed, outcome):
-        of_seed = dataclasses.replace(new, seed=seed)
-        diverged = isinstance(outcome, Diverged)
-        end(runs.diverged(of_seed, outcome) if diverged else runs.finished(of_seed, outcome, job.data))
-
-    def on_epoch(seed, row):
-        rows[seed].append(row)
-        num_images = steps_of_epochs(job.recipe, steps_per_epoch)[row.epoch - 1] * job.recipe.batch_size
-        rate = num_images / row.train_seconds
-        console.print(f"{report.epoch_row(row, rate)}   seed {seed}", soft_wrap=True)
-
-    console.print(f"{job.arm}, seeds {', '.join(map(str, todo))}: {strategy} on {shape} devices", soft_wrap=True)
-    num_classes = len(job.data.info.classes)
-    train = make_train_seeds(job.recipe, num_classes, strategy, mesh, driver, keep_states=False, compiled=compiled)
     try:
-        train(todo, job.data.dataset, on_seed, on_epoch)
-    except RecordError:
+        yield Event(spec, seeds[0], "compiling")
+        for seed, news in train_seeds(spec.recipe, len(spec.data.info.classes), seeds, spec.data.dataset, mesh):
+            if isinstance(news, EpochInfo):
+                rows[seed].append(news)
+                yield Event(spec, seed, news)
+                continue
+            del rows[seed]
+            if isinstance(news, Diverged):
+                record = diverged(new[seed], news)
+            else:
+                setup_seconds, compile_seconds = news.setup_seconds, news.compile_seconds
+                record = finished(new[seed], spec, news.epochs, setup_seconds, compile_seconds)
+            write(record)
+            yield Event(spec, seed, record)
+    except records.RecordError:
         raise
     except Exception as error:
         if isinstance(error, ValueError) and not any(rows.values()):
-            raise Refused(f"{job.arm}: {error}") from error
-        # Which seeds were under way is known only of those that have ended an epoch.
+            raise MeshError(f"{spec.arm}: {error}") from error
+        # A seed that has not finished an epoch may not have started.
         for seed in [seed for seed in rows if rows[seed]] or list(rows)[:1]:
-            try:
-                end(runs.crashed(dataclasses.replace(new, seed=seed), error, rows[seed]))
-            except RecordError as fault:
-                error.add_note(str(fault))
+            record = crashed(new[seed], error, rows[seed])
+            write(record)
+            yield Event(spec, seed, record)
         raise

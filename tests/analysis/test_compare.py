@@ -1,17 +1,14 @@
-"""Comparisons of records: what is read, what is refused, and the numbers against stats."""
+"""Records grouped into arms, what is refused, and the numbers of a comparison against those of stats."""
 
-import dataclasses
-import io
 import json
 
 import pytest
-from rich.console import Console
-from test_records import RECORD
 
 from fastcifar_jax.analysis import compare as comparison
 from fastcifar_jax.analysis import stats
-from fastcifar_jax.analysis.compare import Arm, CompareOptions
+from fastcifar_jax.analysis.compare import Arm, CompareOptions, group_arms, load_arm
 from fastcifar_jax.runs import records
+from tests.helpers_records import RECORD, with_changes
 
 A = (0.9401, 0.9412, 0.9398, 0.9405)
 B = (0.9431, 0.9440, 0.9425, 0.9436)
@@ -19,53 +16,44 @@ B = (0.9431, 0.9440, 0.9425, 0.9436)
 
 def make_record(experiment="final", seed=0, value=0.94, **changes):
     result = {**RECORD.result, "tta_accuracy": value, "test_accuracy": value - 0.003}
-    return dataclasses.replace(RECORD, **{"experiment": experiment, "seed": seed, "result": result, **changes})
+    return with_changes(RECORD, **{"experiment": experiment, "seed": seed, "result": result, **changes})
 
 
-def arm(name, values, **changes):
-    return Arm(name, tuple(make_record(name, seed, value, **changes) for seed, value in enumerate(values)))
+def of_length(num_epochs, **changes):
+    return {"recipe": {**RECORD.recipe, "num_epochs": num_epochs}, "recipe_hash": f"{num_epochs:012x}", **changes}
+
+
+def make_arm(name, values, first_seed=0, **changes):
+    return Arm(name, tuple(make_record(name, seed, value, **changes) for seed, value in enumerate(values, first_seed)))
 
 
 def diverged(name, seed):
     return make_record(name, seed, status="diverged", result=None, error="it diverged")
 
 
-def shown(answer):
-    console = Console(file=io.StringIO(), width=200)
-    comparison.show(answer, console)
-    return console.file.getvalue()
-
-
-def test_numbers_are_those_of_stats_in_points():
-    answer = comparison.compare(
-        [arm("old", A), arm("new", B)], CompareOptions(threshold=94.3, equivalence_margin=0.1, min_effect=0.1)
-    )
-    points = [[100 * value for value in values] for values in (A, B)]
+def test_numbers_are_those_of_stats_in_percentage_points():
+    options = CompareOptions(threshold=94.3, equivalence_margin=0.1, min_effect=0.1)
+    answer = comparison.compare([make_arm("old", A), make_arm("new", B)], options)
+    percent = [[100 * value for value in values] for values in (A, B)]
     [difference] = answer["differences"]
-    expected = stats.welch(*points)
+    expected = stats.welch(*percent)
     assert expected.estimate == pytest.approx(0.29, abs=1e-9)
     assert {name: difference[name] for name in expected._fields} == expected._asdict()
-    assert (difference["of"], difference["against"]) == ("new", "old")
-    assert difference["paired"] == {**stats.paired(*points)._asdict(), "helps": True}  # the seeds move both alike
-    assert difference["equivalence"] == stats.tost(*points, 0.1)._asdict()
-    sds = [stats.summarize(values).sd for values in points]
+    assert (difference["of"], difference["against"], difference["verdict"]) == ("new", "old", "higher")
+    assert difference["paired"] == {**stats.paired(*percent)._asdict(), "helps": True}  # seeds move both arms alike
+    assert difference["equivalence"] == stats.tost(*percent, 0.1)._asdict()
+    sds = [stats.summarize(values).sd for values in percent]
     assert difference["runs_for_observed"] == stats.runs_needed(*sds, expected.estimate)
     assert difference["runs_for_min_effect"] == stats.runs_needed(*sds, 0.1)
-    assert [a["mean"] for a in answer["arms"]] == [stats.summarize(values).mean for values in points]
-    assert [a["share"] for a in answer["arms"]] == [0.0, 0.75]
+    assert [arm["mean"] for arm in answer["arms"]] == [stats.summarize(values).mean for values in percent]
+    assert [(arm["share"], arm["values"]) for arm in answer["arms"]] == [(0.0, percent[0]), (0.75, percent[1])]
+    seconds = comparison.compare([make_arm("old", A), make_arm("new", B)], CompareOptions(metric="train_seconds"))
+    assert seconds["arms"][0]["mean"] == 9.0
     assert json.loads(records.dumps(answer)) == json.loads(json.dumps(answer))
 
 
-def test_what_is_shown():
-    text = shown(comparison.compare([arm("old", A), arm("new", B)], CompareOptions(equivalence_margin=0.1)))
-    assert "tta accuracy: mean and 95 % interval" in text and "94.04" in text and "+0.29" in text
-    assert "new against old: higher, by +0.29 points" in text and "not shown to be equivalent within 0.1" in text
-    text = shown(comparison.compare([arm("old", A), arm("same", A)], CompareOptions(equivalence_margin=0.1)))
-    assert "no difference shown" in text and "; equivalent within 0.1" in text
-
-
 def test_several_arms_are_corrected_and_compared_with_the_first_or_the_previous():
-    arms = [arm("a", A), arm("b", B), arm("c", B)]
+    arms = [make_arm("a", A), make_arm("b", B), make_arm("c", B)]
     first = comparison.compare(arms, CompareOptions())["differences"]
     assert [(d["of"], d["against"]) for d in first] == [("b", "a"), ("c", "a")]
     assert [d["p_holm"] for d in first] == list(stats.holm([d["p_value"] for d in first]))
@@ -73,89 +61,97 @@ def test_several_arms_are_corrected_and_compared_with_the_first_or_the_previous(
     assert [(d["of"], d["against"]) for d in previous] == [("b", "a"), ("c", "b")]
 
 
+def test_the_verdict_is_at_the_level_of_the_interval_and_corrected():
+    old, new, same = make_arm("old", A), make_arm("new", (0.9408, 0.9421, 0.9411, 0.9415)), make_arm("same", A)
+    verdicts = lambda arms, c: [
+        d["verdict"] for d in comparison.compare(arms, CompareOptions(confidence=c))["differences"]
+    ]
+    [p_value] = [d["p_value"] for d in comparison.compare([old, new], CompareOptions())["differences"]]
+    for confidence, verdict in ((1 - 1.01 * p_value, "higher"), (1 - 0.99 * p_value, "none shown")):
+        assert verdicts([old, new], confidence) == [verdict]
+    assert verdicts([new, old], 1 - 1.01 * p_value) == ["lower"]
+    assert verdicts([old, new, same], 1 - 1.01 * p_value) == ["none shown"] * 2
+    assert verdicts([old, new, same], 1 - 2.02 * p_value) == ["higher", "none shown"]
+
+
 def test_a_diverged_run_is_counted_and_reaches_no_threshold():
-    losing = Arm("new", (*arm("new", B).records, diverged("new", 4)))
-    answer = comparison.compare([arm("old", A), losing], CompareOptions(threshold=94.0))
+    losing = Arm("new", (*make_arm("new", B).records, diverged("new", 4)))
+    answer = comparison.compare([make_arm("old", A), losing], CompareOptions(threshold=94.0))
     found = answer["arms"][1]
     assert (found["n"], found["diverged"], found["share"]) == (4, 1, 4 / 5)
     assert found["seeds"] == [0, 1, 2, 3, 4]
-    assert "1 runs have no result" in shown(answer)
 
 
-def test_pairs_are_of_common_seeds():
-    shifted = Arm("new", tuple(make_record("new", seed, value) for seed, value in enumerate(B, start=1)))
-    [difference] = comparison.compare([arm("old", A), shifted], CompareOptions())["differences"]
-    assert difference["paired"]["n"] == 3
-    apart = Arm("new", tuple(make_record("new", seed, value) for seed, value in enumerate(B, start=9)))
-    [difference] = comparison.compare([arm("old", A), apart], CompareOptions())["differences"]
-    assert difference["paired"] is None
+@pytest.mark.parametrize(("first_seed", "pairs"), [(1, 3), (2, None), (9, None)])
+def test_pairs_are_of_common_seeds(first_seed, pairs):
+    arms = [make_arm("old", A), make_arm("new", B, first_seed)]
+    [difference] = comparison.compare(arms, CompareOptions())["differences"]
+    assert (difference["paired"] or {"n": None})["n"] == pairs
 
 
-def test_other_metrics_keep_their_unit():
-    answer = comparison.compare([arm("old", A), arm("new", B)], CompareOptions(metric="train_seconds"))
-    assert answer["arms"][0]["mean"] == 9.0
+@pytest.mark.parametrize(("others", "count"), [((make_record(),), "1 finished run"), ((), "no finished runs")])
+def test_too_few_finished_runs(others, count):
+    arms = [make_arm("old", A), Arm("new", (*others, diverged("new", 1)))]
+    with pytest.raises(ValueError, match=f"new has {count}; a comparison needs at least 2"):
+        comparison.compare(arms, CompareOptions())
 
 
-def test_one_finished_run_is_too_few():
-    with pytest.raises(ValueError, match="new has 1 finished run; a comparison needs at least 2"):
-        comparison.compare([arm("old", A), Arm("new", (make_record("new"), diverged("new", 1)))], CompareOptions())
+def test_runs_on_other_images_are_refused():
+    comparison.check_comparable([make_arm("old", A), make_arm("new", B)])
+    for name, value, said in (("hash", "another", "hash another"), ("train", 9, "9 train"), ("test", 5, "5 test")):
+        with pytest.raises(ValueError, match=f"saw different images.*{said}.*--allow-different-data"):
+            comparison.check_comparable([make_arm("old", A), make_arm("new", B, data={name: value})])
 
 
-@pytest.mark.parametrize(
-    ("changed", "said"),
-    [
-        ({"hash": "another"}, "hash another"),
-        ({"train": 20_000}, "20,000 training"),
-        ({"test": 5_000}, "5,000 test images"),
-    ],
-)
-def test_runs_on_other_images_are_refused(changed, said):
-    other = arm("new", B, data={**RECORD.data, **changed})
-    with pytest.raises(ValueError, match=f"saw different images.*{said}.*--allow-different-data"):
-        comparison.check_comparable([arm("old", A), other])
-    comparison.check_comparable([arm("old", A), arm("new", B)])
+def test_groups_are_named_and_ordered():
+    data = {"source": "digits", "train": 1437}
+    found = [
+        *(make_record("b", seed, **of_length(length)) for length in (8, 4) for seed in (1, 0)),
+        *(make_record("a", recipe_hash=letter * 12) for letter in "dc"),
+        make_record("c"), make_record("c", data=data), make_record("c", framework="torch"),
+    ]  # fmt: skip
+    arms = group_arms(found)
+    names = ["b, 4 epochs", "b, 8 epochs", "a@cccccccc", "a@dddddddd", "c on digits, 1,437 images",
+             "c on cifar10, 50,000 images", "torch:c"]  # fmt: skip
+    assert [arm.name for arm in arms] == names
+    assert [record.seed for record in arms[0].records] == [0, 1]
+    assert sorted(map(repr, found)) == sorted(repr(record) for arm in arms for record in arm.records)
+    assert [arm.name for arm in group_arms(found, ["c", "a"])] == [*names[4:], *names[2:4], *names[:2]]
 
 
-def test_two_records_of_a_seed_are_refused():
-    with pytest.raises(ValueError, match="more than one record of a seed"):
-        comparison.check_comparable([Arm("old", (make_record("old"), make_record("old")))])
+def test_the_newest_finished_record_of_a_seed_counts():
+    old, new = (make_record(started=f"2026-01-0{day}") for day in (1, 2))
+    failed = with_changes(diverged("final", 0), started="2026-01-03")
+    for found in ([new, failed, old], [old, failed, new]):
+        [arm] = group_arms(found)
+        assert arm.records == (new,) and {record.started[-1] for record in arm.repeats} == {"1", "3"}
 
 
-def test_arms_on_file(tmp_path):
-    for record in (*arm("final", A).records, make_record("final", 9, framework="torch"), make_record("other")):
+def test_load_arm(tmp_path):
+    for record in (*make_arm("final", A).records, make_record("final", 9, framework="torch"), make_record("other")):
         records.write(record, tmp_path)
-    assert [record.seed for record in comparison.load_arm(tmp_path, "final").records] == [0, 1, 2, 3]
-    assert [record.seed for record in comparison.load_arm(tmp_path, "torch:final").records] == [9]
+    assert [record.seed for record in load_arm(tmp_path, "final").records] == [0, 1, 2, 3]
+    assert [record.seed for record in load_arm(tmp_path, "torch:final").records] == [9]
     with pytest.raises(ValueError, match="no record of nothing in .*; --seeds 5 makes them"):
-        comparison.load_arm(tmp_path, "nothing")
+        load_arm(tmp_path, "nothing")
     with pytest.raises(ValueError, match="no record of final"):
-        comparison.load_arm(tmp_path, "final", train=20_000)
-
-
-def test_several_recipes_of_one_name_must_be_told_apart(tmp_path):
-    narrow = {**RECORD.recipe, "num_epochs": 5}
-    records.write(make_record(), tmp_path)
-    records.write(make_record(recipe=narrow, recipe_hash="feed5eed0123"), tmp_path)
-    with pytest.raises(ValueError, match="holds 2 recipes called final: .*@feed5eed has num_epochs 5.*final@feed5eed"):
-        comparison.load_arm(tmp_path, "final")
-    [record] = comparison.load_arm(tmp_path, "final@feed").records
+        load_arm(tmp_path, "final", train=20_000)
+    records.write(make_record(**of_length(5)), tmp_path)
+    with pytest.raises(ValueError, match="holds 2 recipes called final: .*@00000000 has num_epochs 5.*final@00000000"):
+        load_arm(tmp_path, "final")
+    [record] = load_arm(tmp_path, "final@0000").records
     assert record.recipe["num_epochs"] == 5
+    path = records.write(make_record("other", data={"hash": "another", "train": 9}), tmp_path)
+    with pytest.raises(ValueError, match="runs of other on different images: .* 9 training.*choose with --data"):
+        load_arm(tmp_path, "other")
+    path.with_name("copy.json").write_text(path.read_text())
+    with pytest.raises(ValueError, match="more than one record of other, seed 0"):
+        load_arm(tmp_path, "other", train=9)
 
 
-@pytest.mark.parametrize(
-    ("text", "parts"),
-    [
-        ("final", ("jax", "final", "")),
-        ("torch:final", ("torch", "final", "")),
-        ("jax:my/trick.py", ("jax", "my/trick.py", "")),
-        ("final@1a2b", ("jax", "final", "1a2b")),
-    ],
-)
-def test_parse_arm(text, parts):
-    assert comparison.parse_arm(text) == parts
-
-
-@pytest.mark.parametrize("text", ["", "final@xyz", "@12"])
-def test_no_arm(text):
-    with pytest.raises(ValueError, match="is no arm; write an experiment's name"):
-        comparison.parse_arm(text)
+def test_parse_arm():
+    assert comparison.parse_arm("final") == comparison.parse_arm("jax:final") == ("jax", "final", "")
+    assert comparison.parse_arm("torch:my/trick.py@1a2b") == ("torch", "my/trick.py", "1a2b")
+    for text in ("", "final@xyz", "@12"):
+        with pytest.raises(ValueError, match="is not an arm; give an experiment's name"):
+            comparison.parse_arm(text)

@@ -58,12 +58,12 @@ def test_every_kind_leaves_a_picture(workplace, loaded, call, command):
         ("convergence nowhere --out a.png", 2, "no records in nowhere"),
         ("curves --out a.png", 2, "no records in runs"),
         ("curves diverged --out a.png", 2, "no run in diverged has finished"),
-        ("curves trick.py --out a.png", 2, "trick.py is no"),
+        ("curves trick.py --out a.png", 2, "trick.py is not a record of a run"),
         ("activations --out a.pdf", 2, "a.pdf must end with .png or .svg"),
         ("activations --out trick.py/a.png", 1, "cannot write trick.py/a.png"),
         ("activations", 2, "Missing option '--out'"),
         ("pie --out a.png", 2, "No such command 'pie'"),
-        ("celu --out a.png", 2, "plot celu is now plot activations"),
+        ("celu --out a.png", 2, "plot celu is not used any more; use plot activations"),
         ("network nothing --out a.png", 2, "there is no experiment 'nothing'"),
         ("network trick.py --out a.png", 2, "has no function `layers`"),
     ],
@@ -77,13 +77,10 @@ def test_mistakes_are_one_line_and_leave_no_file(workplace, loaded, call, comman
 
 
 def test_a_diverged_run_is_reported(workplace, loaded, call, monkeypatch):
-    def make_train(recipe, num_classes):
-        def train(key, dataset, on_snapshot):
-            raise Diverged(recipe.name, record().epochs)
+    def train_epochs(recipe, num_classes, key, dataset):
+        raise Diverged(recipe.name, record().epochs)
 
-        return train
-
-    monkeypatch.setattr(plot_data, "make_train", make_train)
+    monkeypatch.setattr(plot_data, "train_epochs", train_epochs)
     Path("normed.py").write_text(NORMED)
     status, _, err = call("plot", "bn-dynamics", "normed.py", "--out", "a.png")
     assert status == 2 and "normed diverged in epoch 2" in err and not Path("a.png").exists()

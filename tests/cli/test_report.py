@@ -35,7 +35,7 @@ def test_command(tmp_path, monkeypatch, call):
     [
         ((), 2, "no records in runs; give the folder"),
         (("nowhere",), 2, "'nowhere' does not exist"),
-        (("damaged",), 2, "of a run"),
+        (("damaged",), 2, "is not a record of a run"),
         (("good", "--markdown", "report.html"), 2, "--out and --markdown are both report.html"),
         (("good", "--against", "fina"), 2, "--against fina is not an arm of these records; choose one of final"),
         (("good", "--out", "good"), 2, "'good' is a directory"),

@@ -138,7 +138,7 @@ def test_activations_and_slopes():
     assert set(np.unique(lines_of(slopes)["relu"][1])) <= {0, 1}
 
 
-def test_norm_history_is_that_of_the_run(workplace, compiled_once):
+def test_norm_history_is_that_of_the_run(workplace):
     Path("normed.py").write_text(NORMED)
     [experiment] = discover.resolve(("normed.py",), None)
     dataset = jax.tree.map(jnp.asarray, train_and_test(64))

@@ -19,8 +19,6 @@ from fastcifar_jax.report import network
 class Users(nn.Module):
     """A network as a user would write it, of Linen's own layers."""
 
-    axis_name: str | None = None
-
     @nn.compact
     def __call__(self, x, train):
         x = nn.Conv(8, (5, 3), name="stem")(x)
@@ -131,8 +129,6 @@ def test_a_drawing_has_nested_boxes_coloured_by_type(recipe):
 
 def test_a_layer_of_an_unknown_type_is_drawn():
     class Odd(nn.Module):
-        axis_name: str | None = None
-
         @nn.compact
         def __call__(self, x, train):
             return nn.Embed(10, 10, name="table")(jnp.int32(x.mean((1, 2, 3))))

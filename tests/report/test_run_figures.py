@@ -156,5 +156,5 @@ def test_runs_are_read_from_folders_and_files(tmp_path):
     with pytest.raises(ValueError, match="no records in .*nowhere"):
         plot_data.read_arms([tmp_path / "nowhere"])
     records.write(record(seed=5, data=DIGITS), tmp_path / "copy")
-    with pytest.raises(ValueError, match=r"saw different images: .*digits, 1,437.*cifar10, 50,000"):
+    with pytest.raises(ValueError, match=r"saw different images: .*cifar10, 50,000.*digits, 1,437"):
         plot_data.read_arms([tmp_path / "runs", tmp_path / "copy"])

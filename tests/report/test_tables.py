@@ -12,6 +12,7 @@ from fastcifar_jax.report import tables
 from fastcifar_jax.report.tables import arms_of
 from fastcifar_jax.runs import records
 from tests.helpers_page import DIGITS, EXPERIMENTS, MIXED, Page, cells, html_of, record
+from tests.helpers_records import with_changes
 
 ARMS = arms_of(MIXED, EXPERIMENTS)
 
@@ -55,7 +56,7 @@ def test_recipes_without_runs_are_listed_on_demand():
 )
 def test_only_the_published_recipe_on_the_published_data_is_comparable(changed, data, told):
     new = record()
-    new = dataclasses.replace(new, data=new.data | data, recipe=json.loads(
+    new = with_changes(new, data=data, recipe=json.loads(
         records.dumps(flatten(dataclasses.replace(final, **{"compute_dtype": "float32"} | changed)))
     ))  # fmt: skip
     note = cells(tables.ladder(arms_of([new]), EXPERIMENTS)[0], "final")["note"]

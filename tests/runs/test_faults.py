@@ -1,14 +1,8 @@
-"""What goes wrong around a run: one clear line, no damaged record, nothing half written, no finished seed lost.
+"""Faults around a run give one clear line, and damage or lose no record of a finished seed.
 
-Faults that are tested elsewhere:
-
-* killed by SIGKILL (with --slow SIGINT and SIGTERM), two processes on one folder: `test_checkpoint.py`; killed again
-  and again: `test_killed.py`, with --slow
-* interrupted, before training or in it; a run that crashes, also on a full disk; a damaged record; data that are not
-  there; --out a file or below one: `test_cli.py`
-* a write that fails or is interrupted at any point; damaged and foreign records: `test_records.py`
-* damaged, truncated and foreign checkpoints, byte by byte: `test_checkpoint.py`
-* damaged data: `test_data.py`, `test_data_hostile.py`; a process of several that dies: `test_seeds.py`
+Elsewhere: killed processes in `test_killed.py`; interrupted and crashed commands in `test_checkpoint.py` and
+`tests/cli/test_app.py`; failed writes and foreign records in `test_records.py`; damaged checkpoints in
+`test_checkpoint.py`; damaged data in `tests/data`; one of several processes that dies in `tests/parallel`.
 """
 
 import contextlib
@@ -21,18 +15,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastcifar_jax.ops import onednn_check
+from fastcifar_jax.ops import backend
 from fastcifar_jax.runs import records
-from tests.runs.test_checkpoint import ARGUMENTS, leftovers, raises, records_of, six_epochs
-
-__all__ = ["six_epochs"]  # a fixture
+from tests.helpers_runs import ARGUMENTS, leftovers, raises, records_of
 
 resource = pytest.importorskip("resource", reason="needs the limits of POSIX")
 
 
 @contextlib.contextmanager
 def files_of_no_length():
-    """Every file of this process is too large with its first byte: what a full disk is to who may not mount one."""
+    """No file of this process may have a byte: stands for a full disk where mounting one is not permitted."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
     try:
@@ -74,14 +66,14 @@ def full(folder):
 
 
 def check_full(call, full, text):
-    """A seed that was finished before stays, the other is trained to its end, told of, and not on record."""
+    """A seed that finished before stays on record; the other one is trained to its end, reported, and not on record."""
     assert call(*ARGUMENTS)[0] == 0
     [finished] = Path("runs").rglob("*.json")
     before = finished.read_bytes()
     with full:
         status, out, err = call(*ARGUMENTS, "--seeds", "2")
         assert (status, err.count("\n")) == (1, 1) and f"seed1.json: {text}; make room or choose another --out" in err
-        assert out.count("warning: no checkpoint of epoch") == 6 and f".checkpoint: {text}; training goes on" in out
+        assert out.count("warning: no checkpoint of epoch") == 6 and f".checkpoint: {text}; training continues" in out
         assert "1 of 2 seeds: 1 finished" in out and leftovers() == []
         assert list(records_of()) == [finished.name]
     assert call(*ARGUMENTS, "--seeds", "2")[0] == 0
@@ -109,7 +101,7 @@ def test_read_only_folder(small_disk, call, at_epoch):
     assert out.count("warning: no checkpoint of epoch") == 4
     mount("-o", "remount,rw", str(small_disk))
     status, out, _ = call(*ARGUMENTS)
-    assert status == 0 and "going on after epoch 2" in out and leftovers() == []
+    assert status == 0 and "continuing after epoch 2" in out and leftovers() == []
 
 
 def test_file_in_the_place_of_a_folder(six_epochs, call, at_epoch):
@@ -148,28 +140,21 @@ def test_folder_deleted_in_the_middle_of_a_run(six_epochs, call, at_epoch):
         (lambda path: path.write_text("not mine"), "is damaged: "),
         (
             lambda path: Path("trick.py").write_text(Path("trick.py").read_text() + "# changed\n"),
-            "was made otherwise: source",
+            "is from a different run: source_hash was ",
         ),
     ],
 )
 def test_checkpoint_of_no_use(six_epochs, call, at_epoch, damage, message):
-    """It is said, and the run starts from the beginning."""
+    """The command says so, and the run starts from the beginning."""
     at_epoch(4, raises(KeyboardInterrupt()))
     call(*ARGUMENTS)
     [path] = Path("runs").rglob("*.checkpoint")
     damage(path)
     status, out, err = call(*ARGUMENTS)
-    assert (status, err) == (0, "") and out.count("warning: ") == 1 and "going on" not in out
+    assert (status, err) == (0, "") and out.count("warning: ") == 1 and "continuing" not in out
     [line] = [line for line in out.splitlines() if "warning: " in line]
     assert f"{path} {message}" in line and line.endswith("; starting from the beginning")
     assert leftovers() == [] and len(records_of()) == 1
-
-
-def test_driver_changed_between(six_epochs, call, at_epoch):
-    at_epoch(4, raises(KeyboardInterrupt()))
-    call(*ARGUMENTS)
-    status, out, _ = call(*ARGUMENTS, "--driver", "scan")
-    assert status == 0 and "was made otherwise: driver was python and is scan; starting from the beginning" in out
 
 
 def test_clock_that_goes_backwards(six_epochs, call, at_epoch, monkeypatch):
@@ -185,7 +170,7 @@ def test_clock_that_goes_backwards(six_epochs, call, at_epoch, monkeypatch):
     at_epoch(3, turn_back)
     call(*ARGUMENTS)
     status, out, _ = call(*ARGUMENTS)
-    assert status == 0 and "going on after epoch 3" in out
+    assert status == 0 and "continuing after epoch 3" in out
     [record] = records.find(Path("runs")).values()
     assert all(0 < row.train_seconds < 3600 for row in record.epochs) and 0 < record.result["train_seconds"] < 3600
 
@@ -223,13 +208,14 @@ def test_what_a_killed_writer_left_is_taken_away(six_epochs, call):
     assert len(records.find(Path("runs"))) == 1
 
 
-def test_trial_of_onednn_that_cannot_be_remembered(tmp_path, monkeypatch):
+def test_check_of_onednn_that_cannot_be_remembered(tmp_path, monkeypatch):
+    check = backend.check_onednn.__wrapped__  # without the memory of this process
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(onednn_check, "run_trial", lambda: (True, "agreed"))
+    monkeypatch.setattr(backend, "_run_check", lambda: (True, "agreed"))
     with files_of_no_length():
-        assert onednn_check.outcome() == (True, "agreed")
+        assert check() == (True, "agreed")
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
-    assert onednn_check.outcome() == (True, "agreed")
-    monkeypatch.setattr(onednn_check, "run_trial", lambda: (False, "asked again"))
-    assert onednn_check.outcome() == (True, "agreed")
+    assert check() == (True, "agreed")
+    monkeypatch.setattr(backend, "_run_check", lambda: (False, "asked again"))
+    assert check() == (True, "agreed")
     assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 1

@@ -1,3 +1,5 @@
+"""Records: what is written is read back, a failed write changes nothing, a foreign file is refused."""
+
 import dataclasses
 import json
 import math
@@ -5,52 +7,11 @@ import os
 
 import pytest
 
-from experiments.bag_of_tricks import final
-from fastcifar_jax.recipe import flatten
 from fastcifar_jax.runs import records
+from fastcifar_jax.runs.files import dumps
 from fastcifar_jax.runs.records import RecordError
 from fastcifar_jax.types import EpochInfo
-
-EPOCHS = (
-    EpochInfo(1, 3.5, 1.5, 0.5, 1.25, 0.75, 1.2, 0.76),
-    EpochInfo(2, 4.0, 0.5, 0.75, 0.25, 0.9408, 0.2, 0.945),
-)
-RESULT = {
-    "test_accuracy": 0.9408,
-    "tta_accuracy": 0.945,
-    "train_seconds": 9.0,
-    "setup_seconds": 1.0,
-    "transfer_seconds": 0.5,
-    "compile_seconds": 20.0,
-    "images_per_second": 1000.0,
-}
-RECORD = records.Record(
-    experiment="final",
-    framework="jax",
-    recipe=flatten(final),
-    recipe_repr=repr(final),
-    recipe_hash=final.hash,
-    seed=3,
-    status="finished",
-    error=None,
-    data={"source": "cifar10", "hash": "0123456789abcdef", "train": 50_000, "test": 10_000},
-    device={"kind": "cpu", "platform": "cpu", "count": 1, "cpu": "abacus", "cores": 2},
-    versions={"python": "3.11"},
-    source_hash="ab",
-    conv="lax",
-    driver="python",
-    command=("run", "final"),
-    started="2026-01-01T00:00:00+00:00",
-    epochs=EPOCHS,
-    result=RESULT,
-)
-DIVERGED = dataclasses.replace(
-    RECORD,
-    status="diverged",
-    error="final diverged",
-    result=None,
-    epochs=(EpochInfo(1, 3.5, math.nan, 0.1, math.inf, 0.1, -math.inf, 0.1),),
-)
+from tests.helpers_records import DIVERGED, RECORD, RESULT
 
 
 def files(folder):
@@ -59,7 +20,7 @@ def files(folder):
 
 def test_round_trip(tmp_path):
     path = records.write(RECORD, tmp_path)
-    assert path == tmp_path / "final" / f"{final.hash}-01234567-seed3.json"
+    assert path == tmp_path / "final" / f"{RECORD.recipe_hash}-01234567-seed3.json"
     assert files(tmp_path) == [path.name, path.with_suffix(".tsv").name]
     read = records.read(path)
     assert dataclasses.replace(read, recipe=RECORD.recipe) == RECORD
@@ -76,21 +37,16 @@ def current_umask():
 def test_keys_are_those_of_the_specification(tmp_path):
     fields = json.loads(records.write(RECORD, tmp_path).read_text())
     assert list(fields) == [
-        "experiment", "framework", "recipe", "recipe_repr", "recipe_hash", "seed", "status", "error", "data", "device",
-        "versions", "source_hash", "conv", "driver", "command", "started", "epochs", "result", "strategy", "mesh",
+        "experiment", "framework", "recipe", "recipe_repr", "recipe_hash", "seed", "status", "error", "provenance",
+        "command", "started", "epochs", "result",
+    ]  # fmt: skip
+    assert list(fields["provenance"]) == [
+        "data", "device", "versions", "source_hash", "precision", "conv", "mesh", "settings",
     ]  # fmt: skip
     assert list(fields["epochs"][0]) == [
         "epoch", "train_seconds", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "tta_loss",
         "tta_accuracy",
     ]  # fmt: skip
-
-
-def test_a_record_from_before_there_were_meshes(tmp_path):
-    path = records.write(RECORD, tmp_path)
-    fields = json.loads(path.read_text())
-    del fields["strategy"], fields["mesh"]
-    path.write_text(json.dumps(fields))
-    assert (records.read(path).strategy, records.read(path).mesh) == ("loop", "1x1")
 
 
 def test_not_finite_numbers_are_null_and_come_back_as_nan(tmp_path):
@@ -173,9 +129,11 @@ def test_names_cannot_leave_the_folder(tmp_path):
 
 
 def text_of(**changes):
-    fields = json.loads(json.dumps(dataclasses.asdict(RECORD)))
-    fields["epochs"] = [epoch._asdict() for epoch in EPOCHS]
-    return json.dumps({**fields, **changes})
+    return json.dumps(json.loads(dumps(records.to_dict(RECORD))) | changes)
+
+
+def with_provenance(**changes):
+    return text_of(provenance=RECORD.provenance.to_dict() | changes)
 
 
 @pytest.mark.parametrize(
@@ -183,30 +141,39 @@ def text_of(**changes):
     [
         ("", "Expecting value"),
         (text_of()[:-30], "Expecting|Unterminated|delimiter"),
-        ("[]", "expected an object, got list"),
-        ("3", "expected an object, got int"),
-        ("{}", "it lacks command, conv"),
-        ("[" * 100_000, "recursion"),
+        ("[]", r"it is \[\]; expected an object"),
+        ("3", "it is 3; expected an object"),
+        ("{}", "it lacks command, epochs"),
         (text_of().replace("0.9408", "NaN"), "NaN is not JSON"),
         (text_of(status="done"), "status is 'done'; expected one of finished, diverged, crashed"),
-        (text_of(seed="3"), "seed is '3'"),
+        (text_of(framework="abacus"), "framework is 'abacus'; expected one of jax, torch"),
+        (text_of(seed="3"), "seed is '3'; expected a whole number"),
         (text_of(seed=True), "seed is True"),
-        (text_of(recipe=[]), r"recipe is \[\]"),
-        (text_of(data={"source": "x"}), "data lacks hash, test, train"),
+        (text_of(seed=3.0), "seed is 3.0"),
+        (text_of(seed=2**63), "seed is 9223372036854775808; expected a whole number below"),
+        (text_of(recipe=[]), r"recipe is \[\]; expected an object"),
+        (text_of(error=3), "error is 3; expected a string"),
+        (text_of(command=[7]), r"command\[0\] is 7; expected a string"),
+        (text_of(command="run"), "command is 'run'; expected a list"),
+        (with_provenance(data={"source": "x"}), "provenance.data lacks hash, test, train"),
+        (with_provenance(data=RECORD.provenance.data | {"train": "many"}), "provenance.data.train is 'many'; expected"),
+        (with_provenance(device={"kind": "cpu"}), "provenance.device lacks cores, count, cpu, platform"),
+        (with_provenance(versions={"jax": 9}), "provenance.versions.jax is 9; expected a string"),
+        (with_provenance(settings={"XLA_FLAGS": []}), r"provenance.settings.XLA_FLAGS is \[\]"),
         (text_of(result=None), "status is finished and result is None"),
         (text_of(status="crashed"), "status is crashed and result is"),
-        (text_of(result={"test_accuracy": 1}), "result is .*expected test_accuracy, tta_accuracy"),
-        (text_of(result={**RESULT, "test_accuracy": "94"}), "test_accuracy in result is '94'; expected a number"),
-        (text_of(epochs=[{}]), "a row of epochs is {}"),
-        (text_of(epochs=None), "epochs and command must be lists"),
-        (text_of(epochs=[3]), "a row of epochs is 3"),
+        (text_of(result={"test_accuracy": 1}), "result lacks compile_seconds, "),
+        (text_of(result={**RESULT, "test_accuracy": "94"}), "result.test_accuracy is '94'; expected a number or null"),
+        (text_of(epochs=[{}]), r"epochs\[0\] lacks epoch, "),
+        (text_of(epochs=None), "epochs is None; expected a list"),
+        (text_of(epochs=[3]), r"epochs\[0\] is 3; expected an object"),
     ],
 )
 def test_damaged_or_foreign_file(tmp_path, text, fault):
     path = tmp_path / "x" / "record.json"
     path.parent.mkdir()
     path.write_text(text)
-    with pytest.raises(RecordError, match=f"record.json is no record of a run: .*({fault})"):
+    with pytest.raises(RecordError, match=f"record.json is not a record of a run: .*({fault})"):
         records.read(path)
     with pytest.raises(RecordError, match=r"record\.json"):
         records.find(tmp_path)
@@ -233,18 +200,3 @@ def test_find(tmp_path):
     assert list(records.find(tmp_path, experiment="final")) == paths
     assert [record.seed for record in records.find(tmp_path, experiment="final", status="finished").values()] == [0, 1]
     assert len(records.find(tmp_path)) == 4
-
-
-def test_source_hash_depends_on_the_experiment(tmp_path):
-    path = tmp_path / "trick.py"
-    path.write_text("1")
-    first = records.source_hash(path)
-    assert first == records.source_hash(path) and len(first) == 64
-    path.write_text("2")
-    assert records.source_hash(path) != first
-
-
-def test_device_and_versions_are_named():
-    device, versions = records.device(), records.versions()
-    assert set(device) == {"kind", "platform", "count", "cpu", "cores"} and all(device.values())
-    assert set(versions) == {"python", "jax", "jaxlib", "flax", "optax", "numpy", "fastcifar_jax"}

@@ -1,0 +1,190 @@
+"""What depends on the platform: the way to compute convolutions, the default dtype, compiler options, a CPU's memory.
+
+oneDNN's convolution is not a public interface of jaxlib: another jaxlib may lack it, and on another processor it may
+end the process or compute wrong numbers. So it is used only where `onednn_check` succeeded, in a process of its own.
+"""
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import jax
+
+ConvBackend = Literal["lax", "onednn"]
+StepLoop = Literal["step", "block", "epoch"]  # training steps that one call runs
+
+CHECK_SECONDS = 120  # a check that takes longer hangs
+_GAP = 2**30  # bytes of address space for small allocations
+# The name of the kernel in a line of ONEDNN_VERBOSE. Those called gemm start parallel work inside parallel work, for
+# which XLA's thread pool waits forever; those called ref are a thousand times slower.
+_KERNEL = re.compile(r"^onednn_verbose,.*,convolution,([^,]*),", re.MULTILINE)
+
+
+def conv_backend() -> tuple[ConvBackend, str]:
+    """What computes convolutions here, and the reason in a few words.
+
+    `FASTCIFAR_CONV=lax|onednn` forces one, without a check. Under a mesh of several devices (`jax.set_mesh`) it is
+    always lax, because XLA cannot partition the call of oneDNN.
+
+    Raises:
+      ValueError: `FASTCIFAR_CONV` has another value.
+    """
+    forced = os.environ.get("FASTCIFAR_CONV")
+    if forced and forced not in ("lax", "onednn"):
+        raise ValueError(f"FASTCIFAR_CONV is {forced!r}; set it to lax or onednn, or unset it")
+    if (devices := jax.sharding.get_abstract_mesh().size) > 1:
+        return "lax", f"XLA cannot partition the call of oneDNN over a mesh of {devices} devices"
+    if forced:
+        return cast(ConvBackend, forced), f"forced by FASTCIFAR_CONV={forced}"
+    if jax.default_backend() != "cpu":
+        return "lax", f"the default backend is {jax.default_backend()}"
+    if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
+        return "lax", f"no oneDNN in jaxlib for {platform.system()} {platform.machine()}"
+    works, reason = check_onednn()
+    return "onednn" if works else "lax", reason
+
+
+@functools.cache
+def check_onednn() -> tuple[bool, str]:
+    """Whether oneDNN's convolution works here, and why it is or is not used.
+
+    The check takes seconds. Its answer is kept in the user's cache folder, per jaxlib version, processor and source of
+    this folder; without a writable folder every process checks again.
+    """
+    file = _cache_file()
+    try:
+        known = json.loads(file.read_text())
+        return bool(known["works"]), str(known["reason"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    works, reason = _run_check()
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    with contextlib.suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_text(json.dumps({"works": works, "reason": reason}))
+            os.replace(temporary, file)
+        finally:
+            temporary.unlink(missing_ok=True)
+    return works, reason
+
+
+def _run_check() -> tuple[bool, str]:
+    """Runs `onednn_check` in another process; anything but its success means no."""
+    command = [sys.executable, "-m", "fastcifar_jax.ops.onednn_check"]
+    environment = {**os.environ, "FASTCIFAR_CONV": "onednn", "JAX_PLATFORMS": "cpu", "ONEDNN_VERBOSE": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=CHECK_SECONDS, env=environment)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return False, f"the check of oneDNN did not end: {type(error).__name__}; delete {_cache_file()} to try again"
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [""])[-1][:200]
+        return False, f"the check of oneDNN ended with status {done.returncode}: {last}"
+    slow = sorted({name for name in _KERNEL.findall(done.stdout) if name.startswith(("gemm", "ref"))})
+    if slow:
+        return False, f"oneDNN has no fast convolution for this processor: it uses {', '.join(slow)}"
+    return True, f"oneDNN in jaxlib {importlib.metadata.version('jaxlib')} agreed with lax in a check"
+
+
+def _cache_file() -> Path:
+    sources = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+    processor = "".join(sorted({line for line in _cpu_info().splitlines() if line.startswith(("model name", "flags"))}))
+    settings = os.environ.get("XLA_FLAGS", "") + os.environ.get("ONEDNN_MAX_CPU_ISA", "")
+    text = "\n".join([importlib.metadata.version("jaxlib"), processor, settings, sys.version])
+    name = hashlib.sha256(text.encode() + sources).hexdigest()[:16]
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "fastcifar_jax" / f"onednn-{name}.json"
+
+
+def _cpu_info() -> str:
+    try:
+        return Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:  # not Linux
+        return ""
+
+
+def step_loop() -> StepLoop:
+    """How many training steps one call of a compiled program runs.
+
+    "epoch" on accelerators, which must not wait for the host. On a CPU "block", any number of steps, so that progress
+    can be shown; with lax "step", because XLA's weight gradients take 10 times as long and more in a loop (jax issue
+    12868).
+    """
+    if jax.default_backend() != "cpu":
+        return "epoch"
+    return "block" if conv_backend()[0] == "onednn" else "step"
+
+
+def default_dtype() -> str:
+    """The fastest compute dtype that was measured to be as accurate as float32 here.
+
+    "mixed" where oneDNN multiplies bfloat16 in hardware (`docs/cpu.md`), else float32; no GPU was measured.
+    """
+    return "mixed" if conv_backend()[0] == "onednn" and _multiplies_bfloat16() else "float32"
+
+
+def _multiplies_bfloat16() -> bool:
+    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(_cpu_info().split())
+
+
+@functools.cache
+def compiler_options() -> dict[str, Any]:
+    """Options for compiling a training program: vectors as wide as the CPU's, of which XLA uses half by default."""
+    if jax.default_backend() != "cpu" or "avx512f" not in _cpu_info().split():
+        return {}
+    return known_options({"xla_cpu_prefer_vector_width": 512})
+
+
+def known_options(options: dict[str, Any]) -> dict[str, Any]:
+    """`options` if this jaxlib accepts them, which is tried on a trivial program; else none."""
+    try:
+        jax.jit(lambda x: x, compiler_options=options)(0.0)
+    except jax.errors.JaxRuntimeError:  # "No such compile option"
+        return {}
+    return options
+
+
+def configure_cpu() -> None:
+    """Sets what convolutions on a CPU need from the whole process; call it before anything asks JAX for a device.
+
+    * Freed memory is kept, see `keep_freed_memory`.
+    * The persistent compilation cache is off where oneDNN is used: programs that call it cannot be written to the
+      cache, and JAX would try and warn in every process.
+    """
+    keep_freed_memory()  # first: asking for the backend starts XLA's threads
+    if conv_backend()[0] == "onednn":
+        jax.config.update("jax_enable_compilation_cache", False)
+
+
+def keep_freed_memory() -> None:
+    """Makes glibc keep freed memory instead of returning it to the system; does nothing with another C library.
+
+    XLA:CPU allocates its temporary arrays anew in every call, and PyTorch in every operation; faulting their pages in
+    again costs several times the work done on them. Call it before XLA starts its threads, each of which would get an
+    arena of its own that still returns memory.
+
+    glibc takes the smallest free gap that fits. A small allocation in the gap of a freed array of 2 GB would make the
+    next such array take 2 GB more, so a smaller gap is made first; unused, it costs address space only.
+    """
+    with contextlib.suppress(AttributeError, OSError):  # not glibc
+        libc = ctypes.CDLL(None)
+        mallopt, malloc, free = libc.mallopt, libc.malloc, libc.free
+        malloc.argtypes, malloc.restype, free.argtypes = (ctypes.c_size_t,), ctypes.c_void_p, (ctypes.c_void_p,)
+        trim_threshold, mmap_max, arena_max = -1, -4, -8
+        mallopt(mmap_max, 0)
+        mallopt(trim_threshold, -1)  # never
+        mallopt(arena_max, 1)
+        gap = malloc(_GAP)
+        malloc(2**20)  # never freed, so that the gap stays one
+        free(gap)

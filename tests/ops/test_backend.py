@@ -1,0 +1,180 @@
+"""The choice of the convolution, and the fallback to lax when the check of oneDNN fails."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from fastcifar_jax.ops import backend
+from fastcifar_jax.ops.conv import conv
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def check(monkeypatch, tmp_path):
+    """`check(program)` replaces the check by a program and forgets its answer; returns the list of the runs."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("FASTCIFAR_CONV", raising=False)
+    backend.check_onednn.cache_clear()
+    real = subprocess.run
+
+    def check(program="pass"):
+        runs = []
+
+        def run(command, **options):
+            runs.append(command)
+            return real([sys.executable, "-c", program], **options)
+
+        monkeypatch.setattr(backend.subprocess, "run", run)
+        monkeypatch.setattr(backend, "CHECK_SECONDS", 1 if "sleep" in program else 60)
+        return runs
+
+    yield check
+    backend.check_onednn.cache_clear()
+
+
+def answer_of_another_process():
+    backend.check_onednn.cache_clear()
+    return backend.check_onednn()
+
+
+@pytest.mark.parametrize(
+    ("program", "reason"),
+    [
+        ("import os; os.abort()", "status -6"),
+        ("import sys; sys.exit('UNIMPLEMENTED: no registered implementation for custom call')", "no registered"),
+        ("import sys; sys.exit('dw of float32 -> float32 is off by 1.0e+00 of the largest value')", "off by"),
+        ("print('onednn_verbose,v1,primitive,exec,cpu,convolution,gemm:jit,forward')", "it uses gemm:jit"),
+        ("import time; time.sleep(60)", "did not end"),
+    ],
+    ids=["crash", "missing target", "wrong numbers", "slow kernel", "hang"],
+)
+def test_a_failed_check_means_lax_and_is_remembered(check, program, reason):
+    runs = check(program)
+    found, why = backend.conv_backend()
+    assert found == "lax" and reason in why
+    assert "onednn" not in jax.jit(conv).lower(jnp.ones((1, 4, 4, 3)), jnp.ones((3, 3, 3, 5))).as_text()
+    assert answer_of_another_process() == (False, why) and len(runs) == 1
+
+
+@pytest.mark.parametrize("damage", [None, "", "{", "[]", '{"works": true}'])
+def test_a_good_check_is_remembered_and_a_damaged_answer_replaced(check, damage):
+    runs, file = check(), backend._cache_file()
+    if damage is not None:
+        file.parent.mkdir()
+        file.write_text(damage)
+    assert backend.check_onednn()[0] and answer_of_another_process()[0] and len(runs) == 1
+    assert json.loads(file.read_text())["works"] is True and list(file.parent.iterdir()) == [file]
+
+
+def test_a_cache_that_cannot_be_written(check, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    runs = check()
+    assert backend.check_onednn()[0] and len(runs) == 1
+
+
+@pytest.mark.parametrize("source", sorted(path.name for path in Path(backend.__file__).parent.glob("*.py")))
+def test_the_answer_depends_on_every_source_of_the_folder(monkeypatch, source):
+    before, read_bytes = backend._cache_file(), Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read_bytes(path) + b"#" * (path.name == source))
+    assert backend._cache_file() != before
+
+
+def test_a_wrong_name(monkeypatch):
+    monkeypatch.setenv("FASTCIFAR_CONV", "cudnn")
+    with pytest.raises(ValueError, match="FASTCIFAR_CONV is 'cudnn'; set it to lax or onednn"):
+        backend.conv_backend()
+
+
+def test_other_platforms_use_lax(monkeypatch):
+    monkeypatch.delenv("FASTCIFAR_CONV", raising=False)
+    monkeypatch.setattr(backend.platform, "machine", lambda: "aarch64")
+    assert backend.conv_backend() == ("lax", "no oneDNN in jaxlib for Linux aarch64")
+
+
+@pytest.mark.parametrize(
+    ("forced", "flags", "driver", "dtype"),
+    [
+        ("onednn", "avx2 avx512_bf16", "scan", "mixed"),
+        ("onednn", "avx2", "scan", "float32"),
+        ("lax", "avx2 avx512_bf16", "python", "float32"),  # in a loop, lax's weight gradients take many times as long
+    ],
+)
+def test_defaults_of_a_cpu(monkeypatch, forced, flags, driver, dtype):
+    monkeypatch.setenv("FASTCIFAR_CONV", forced)
+    monkeypatch.setattr(backend, "_cpu_info", lambda: f"flags : {flags}")
+    assert (backend.default_driver(), backend.default_dtype()) == (driver, dtype)
+
+
+def test_unknown_compiler_options_are_left_out():
+    assert backend.known_options({"xla_cpu_no_such_option": 1}) == {}
+    assert backend.known_options({"xla_embed_ir_in_executable": False}) == {"xla_embed_ir_in_executable": False}
+
+
+def python(program, **environment):
+    """Standard error of a program that must succeed."""
+    command, environment = [sys.executable, "-c", program], {**os.environ, **environment}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+def test_no_attempt_to_cache_what_cannot_be_cached(tmp_path):
+    """With JAX's persistent cache on, a process that calls oneDNN writes no warning."""
+    program = (
+        "import jax, jax.numpy as jnp\n"
+        "from fastcifar_jax.ops import backend, conv\n"
+        "backend.configure_cpu()\n"
+        "jax.jit(conv.conv)(jnp.ones((2, 4, 4, 3)), jnp.ones((3, 3, 3, 5))).block_until_ready()\n"
+    )
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    assert python(program, **cache) == ""
+
+
+ON_A_MESH = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from fastcifar_jax.ops import backend
+from fastcifar_jax.ops.batch_norm import normalize_groups_and_pool
+from fastcifar_jax.ops.conv import conv
+
+rng = np.random.default_rng(0)
+x, kernel = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((12, 6, 6, 4), (3, 3, 4, 8)))
+
+def passes(x, kernel, operands):
+    def f(x, kernel):
+        ones = jnp.ones(8)
+        return normalize_groups_and_pool(conv(x, kernel, operands), ones, ones, 3, 1e-5, (2, 2))
+    (y, *statistics), vjp = jax.vjp(f, x, kernel)
+    return y, statistics, vjp((jnp.sin(y), *map(jnp.zeros_like, statistics)))
+
+program = jax.jit(passes, static_argnums=2)
+with jax.set_mesh(jax.make_mesh((1,), ("batch",), (AxisType.Auto,))):
+    assert backend.conv_backend()[0] == "onednn"
+for operands, tolerance in (("float32", 1e-5), ("bfloat16", 2e-2)):
+    alone = program(x, kernel, operands)
+    mesh = jax.make_mesh((2,), ("batch",), (AxisType.Auto,))
+    spread = jax.device_put(x, NamedSharding(mesh, P("batch")))
+    with jax.set_mesh(mesh):
+        assert backend.conv_backend() == ("lax", "XLA cannot partition the call of oneDNN over a mesh of 2 devices")
+        compiled = program.lower(spread, kernel, operands).compile()
+        together = compiled(spread, kernel)
+    text = compiled.as_text()
+    assert "onednn" not in text and "all-reduce" in text and "all-gather" not in text
+    assert together[0].sharding.spec == P("batch")
+    for a, b in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * float(jnp.abs(b).max()))
+"""
+
+
+def test_a_mesh_uses_lax_and_gives_the_results_of_one_device():
+    """Convolution, ghost norm, pool and gradients, over two devices and with a group size that they do not divide."""
+    flags = "--xla_force_host_platform_device_count=2"
+    python(ON_A_MESH, JAX_PLATFORMS="cpu", FASTCIFAR_CONV="onednn", XLA_FLAGS=flags)
