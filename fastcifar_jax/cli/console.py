@@ -17,6 +17,7 @@ from rich.text import Text
 
 from fastcifar_jax.functions import steps_of_epochs
 from fastcifar_jax.recipe import Published, Recipe, difference, flatten
+from fastcifar_jax.report.text import device_text, percent, published_percent
 from fastcifar_jax.runs.records import Record
 from fastcifar_jax.runs.runner import Event, Existing, LoadedData, RunSpec
 from fastcifar_jax.types import EpochInfo
@@ -104,13 +105,6 @@ def data_line(data: LoadedData, device: dict[str, Any]) -> str:
         f"{info.source}: {info.train:,} training and {info.test:,} test images, {len(info.classes)} classes; "
         f"{data.transfer_seconds:.2f} s to the device: {device_text(device)}"
     )
-
-
-def device_text(device: dict[str, Any]) -> str:
-    """One line for the device in a `Provenance`."""
-    if device["platform"] == "cpu":
-        return f"{device['cpu']}, {device['cores']} core{'s' * (device['cores'] != 1)}"
-    return f"{device['count']} x {device['kind']}"
 
 
 def seed_line(arm: str, record: Record) -> str:
@@ -254,13 +248,3 @@ def make_table(*columns: str | tuple[str, JustifyMethod]) -> Table:
         name, justify = (column, cast(JustifyMethod, "left")) if isinstance(column, str) else column
         table.add_column(name, justify=justify, overflow="fold")
     return table
-
-
-def published_percent(fraction: float) -> str:
-    """A published figure: one decimal, or two where it has them."""
-    return f"{100 * fraction:.2f}".removesuffix("0") + " %"
-
-
-def percent(fraction: float) -> str:
-    """ "94.08 %"."""
-    return f"{100 * fraction:.2f} %"

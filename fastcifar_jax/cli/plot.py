@@ -1,8 +1,9 @@
-"""The command that draws: plots of recipes, of records, and of the networks."""
+"""The command `plot`: figures of recipes, records and networks."""
 
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -12,6 +13,7 @@ from fastcifar_jax.cli.options import (
     data_option,
     epochs_option,
     limit_train_option,
+    load_data,
     set_option,
     usage_errors,
     width_option,
@@ -19,22 +21,22 @@ from fastcifar_jax.cli.options import (
 from fastcifar_jax.models.activations import Celu, Gelu, Relu
 from fastcifar_jax.ops import backend
 from fastcifar_jax.recipe import Recipe, change
-from fastcifar_jax.report import figures as plots
-from fastcifar_jax.report import graph, plot_data
-from fastcifar_jax.report import network as drawing
+from fastcifar_jax.report import figures, plot_data, run_figures
+from fastcifar_jax.report.drawing import render
+from fastcifar_jax.report.network import draw, layers_of
 from fastcifar_jax.runs import experiments as discover
 from fastcifar_jax.runs import files, records
-from fastcifar_jax.runs import runner as runs
 from fastcifar_jax.runs.runner import LoadedData
 from fastcifar_jax.train import Diverged
 
 CIFAR10_TRAIN = 50_000  # images
-ALPHAS = (0.075, 0.3)  # of the ladder's CELUs
+ALPHAS = (0.075, 0.3)  # of the CELUs in the ladder
+DEFAULT_RUNS = (Path("runs"),)
 
 
 @click.group()
 def plot() -> None:
-    """Draws pictures of recipes and records, as PNG or SVG."""
+    """Draws figures of recipes, records and networks, as PNG or SVG."""
 
 
 def _form(context: click.Context, parameter: click.Parameter, value: Path) -> Path:
@@ -55,16 +57,14 @@ out_option = click.option(
 @set_option
 @out_option
 @click.pass_obj
-def augmentations(
-    invocation: CliContext, name: str, data: str | None, limit_train: int | None, assignments: Sequence[str], out: Path
-) -> None:
+def augmentations(invocation: CliContext, name: str, out: Path, **options: Any) -> None:
     """The first 8 training images, as stored and in the first two epochs of recipe NAME (default: baseline)."""
-    recipe, loaded = _with_data(invocation, name, assignments, data, limit_train)
+    recipe, loaded = _with_data(invocation, name, **options)
     count, epochs = min(8, loaded.info.train), (1, 2)
     with usage_errors(recipe.name):
         pictures = plot_data.augmented(recipe, loaded.dataset, count, epochs)
     titles = [loaded.info.classes[label] for label in loaded.dataset.train_labels[:count]]
-    _save(out, plots.augmentations, loaded.dataset.train_images[:count], pictures, epochs, titles)
+    _save(out, figures.augmentations, loaded.dataset.train_images[:count], pictures, epochs, titles)
 
 
 @plot.command()
@@ -75,26 +75,18 @@ def augmentations(
 @set_option
 @out_option
 @click.pass_obj
-def whitening(
-    invocation: CliContext,
-    name: str,
-    patch: int,
-    data: str | None,
-    limit_train: int | None,
-    assignments: Sequence[str],
-    out: Path,
-) -> None:
+def whitening(invocation: CliContext, name: str, patch: int, out: Path, **options: Any) -> None:
     """The eigenvectors of image patches, from the images that recipe NAME (default: final) starts with."""
-    recipe, loaded = _with_data(invocation, name, assignments, data, limit_train)
-    _save(out, plots.whitening, plot_data.eigen_patches(recipe, loaded.dataset, patch), recipe)
+    recipe, loaded = _with_data(invocation, name, **options)
+    _save(out, figures.whitening, plot_data.eigen_patches(recipe, loaded.dataset, patch), recipe)
 
 
 @plot.command()
 @out_option
-def celu(out: Path) -> None:
+def activations(out: Path) -> None:
     """The activations of the recipes, and their slopes."""
     celus = {f"CELU, alpha {alpha:g}": Celu(alpha) for alpha in ALPHAS}
-    _save(out, plots.activations, {"ReLU": Relu(), **celus, "GELU": Gelu()})
+    _save(out, figures.activations, {"ReLU": Relu(), **celus, "GELU": Gelu()})
 
 
 @plot.command()
@@ -103,16 +95,14 @@ def celu(out: Path) -> None:
 @set_option
 @out_option
 @click.pass_obj
-def schedule(
-    invocation: CliContext, names: Sequence[str], epochs: int | None, assignments: Sequence[str], out: Path
-) -> None:
+def schedule(invocation: CliContext, names: Sequence[str], out: Path, **options: Any) -> None:
     """The learning rates of recipes (default: final) over a run on 50,000 images."""
     rates = {}
-    for recipe in _recipes(invocation, names or ("final",), assignments, epochs):
+    for recipe, _ in _recipes(invocation, names or ("final",), **options):
         with usage_errors():
             steps_per_epoch = CIFAR10_TRAIN // recipe.batch_size
             rates[recipe.name] = plot_data.learning_rates(recipe, max(1, steps_per_epoch))
-    _save(out, plots.schedules, rates)
+    _save(out, figures.schedules, rates)
 
 
 @plot.command("bn-dynamics")
@@ -124,21 +114,11 @@ def schedule(
 @set_option
 @out_option
 @click.pass_obj
-def bn_dynamics(
-    invocation: CliContext,
-    name: str,
-    data: str | None,
-    limit_train: int | None,
-    epochs: int | None,
-    width: int | None,
-    assignments: Sequence[str],
-    out: Path,
-) -> None:
+def bn_dynamics(invocation: CliContext, name: str, out: Path, **options: Any) -> None:
     """Trains recipe NAME (default: ghost_norm) and shows scales and biases of its norms after each epoch."""
     with usage_errors():
-        plots.new_figure(1, 1)  # nothing is trained where it could not be drawn
         backend.configure_cpu()
-    recipe, loaded = _with_data(invocation, name, assignments, data, limit_train, epochs, width)
+    recipe, loaded = _with_data(invocation, name, **options)
     records.make_folder(out.parent)
     console = report.make_console()
     on_epoch = lambda row: console.print(f"epoch {row.epoch}: training loss {row.train_loss:.4f}")
@@ -148,7 +128,7 @@ def bn_dynamics(
     except Diverged as error:
         raise click.ClickException(str(error)) from error
     title = f"{recipe.name}: the first 8 channels of each norm, {loaded.info.source}, seed 0"
-    _save(out, plots.norms, history, title)
+    _save(out, figures.norms, history, title)
 
 
 @plot.command()
@@ -157,8 +137,8 @@ def bn_dynamics(
 def convergence(paths: Sequence[Path], out: Path) -> None:
     """Accuracy against epochs, from records of runs of several lengths: RUNS are folders or files (default: runs)."""
     with usage_errors():
-        series = plot_data.lengths_of(_finished_arms(paths))
-    _save(out, plots.convergence, series)
+        series = plot_data.lengths_of(plot_data.read_arms(paths or DEFAULT_RUNS))
+    _save(out, run_figures.convergence, series)
 
 
 @plot.command()
@@ -167,8 +147,8 @@ def convergence(paths: Sequence[Path], out: Path) -> None:
 def curves(paths: Sequence[Path], out: Path) -> None:
     """Accuracy and loss by epoch, from records: RUNS are folders or files (default: runs)."""
     with usage_errors():
-        arms = _finished_arms(paths)
-    _save(out, plots.curves, arms)
+        arms = plot_data.read_arms(paths or DEFAULT_RUNS)
+    _save(out, run_figures.curves, arms)
 
 
 @plot.command()
@@ -177,50 +157,40 @@ def curves(paths: Sequence[Path], out: Path) -> None:
 @set_option
 @out_option
 @click.pass_obj
-def network(invocation: CliContext, name: str, width: int | None, assignments: Sequence[str], out: Path) -> None:
+def network(invocation: CliContext, name: str, out: Path, **options: Any) -> None:
     """The network of recipe NAME (default: final) for images of 32x32 and 10 classes."""
-    [recipe] = _recipes(invocation, (name,), assignments, None, width)
-    with usage_errors(recipe.name):
-        figure = drawing.draw(graph.graph_of(recipe.model(10, "float32")), recipe.name)
-    try:
-        _write(out, drawing.render(figure, out.suffix[1:]))
-    except drawing.NoDot as error:
-        out = out.with_suffix(".dot")
-        _write(out, figure.source.encode())
-        click.echo(f"{error}: where it is, dot -T svg -O {out} draws the picture")
+    recipe, _ = _recipe(invocation, name, **options)
+    with usage_errors():
+        layers = layers_of(recipe.model(10, "float32"), recipe.name)
+    _save(out, draw, layers, recipe.name)
 
 
-def _recipes(invocation, names, assignments, epochs=None, width=None) -> list[Recipe]:
+def _recipes(
+    invocation: CliContext, names: Sequence[str], *, assignments: Sequence[str], epochs=None, width=None
+) -> list[tuple[Recipe, str]]:
+    """The recipes, changed by the options, and their data by default."""
     with usage_errors():
         found = discover.resolve(names, invocation.folder)
-        return [change(experiment.recipe, assignments, epochs, width, None) for experiment in found]
+        return [(change(each.recipe, assignments, epochs, width, None), each.data or "cifar10") for each in found]
 
 
-def _with_data(invocation, name, assignments, data, limit_train, epochs=None, width=None) -> tuple[Recipe, LoadedData]:
+def _recipe(invocation: CliContext, name: str, **options: Any) -> tuple[Recipe, str]:
+    found = _recipes(invocation, (name,), **options)
+    if len(found) > 1:
+        raise click.UsageError(f"{name} stands for {len(found)} recipes; name one")
+    return found[0]
+
+
+def _with_data(
+    invocation: CliContext, name: str, *, data: str | None, limit_train: int | None, **options: Any
+) -> tuple[Recipe, LoadedData]:
     """One recipe, and the images that it would be trained on."""
+    recipe, default = _recipe(invocation, name, **options)
     with usage_errors():
-        found = discover.resolve((name,), invocation.folder)
-        if len(found) > 1:
-            raise click.UsageError(f"{name} stands for {len(found)} recipes; name one")
-        recipe = change(found[0].recipe, assignments, epochs, width, None)
-        source = data or os.environ.get("FASTCIFAR_DATA") or found[0].data or "cifar10"
-        return recipe, runs.load_data(source, limit_train, report.make_console())
-
-
-def _finished_arms(paths: Sequence[Path]) -> list[plot_data.Arm]:
-    """Raises ValueError where no run has finished."""
-    arms = plot_data.arms_of(plot_data.read_runs(paths or (Path("runs"),)))
-    if not any(record.status == "finished" for arm in arms for record in arm.records):
-        raise ValueError(f"no run in {', '.join(map(str, paths)) or 'runs'} has finished; there is nothing to draw")
-    return arms
+        source = data or os.environ.get("FASTCIFAR_DATA") or default
+        return recipe, load_data(source, limit_train, report.make_console())
 
 
 def _save(out: Path, figure: Callable, *arguments) -> None:
-    with usage_errors():
-        picture = plots.render(figure, *arguments, form=out.suffix[1:])
-    _write(out, picture)
-
-
-def _write(out: Path, picture: bytes) -> None:
-    files.write_bytes(out, picture)
+    files.write_bytes(out, render(figure, *arguments, form=out.suffix[1:]))
     click.echo(f"wrote {out}")

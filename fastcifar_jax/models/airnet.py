@@ -12,9 +12,12 @@ from jaxtyping import Array, PRNGKeyArray
 from fastcifar_jax.models.activations import Gelu
 from fastcifar_jax.models.base import PRECISIONS, Model, Precision
 from fastcifar_jax.models.layers import (
+    Activation,
+    Add,
     BatchNormConfig,
     Conv,
     GhostBatchNorm,
+    MaxPool,
     dirac,
     linear_head,
     linen_model,
@@ -22,7 +25,6 @@ from fastcifar_jax.models.layers import (
 )
 from fastcifar_jax.models.whitening import whitening_filters
 from fastcifar_jax.ops.conv import conv
-from fastcifar_jax.ops.max_pool import max_pool
 
 WhitenBias = Literal["zeros", "uniform"]
 Head = Literal["uniform", "unit_std"]
@@ -118,7 +120,7 @@ class _Unit(nn.Module):
         kernel_init = dirac if self.config.dirac else torch_uniform
         x = Conv(self.features, 3, self.precision, kernel_init, name="conv")(x)
         if self.pool:
-            x = max_pool(x, (2, 2))
+            x = MaxPool(name="pool")(x)
         return GhostBatchNorm(self.config.norm, self.precision, name="norm")(x, train)
 
 
@@ -129,7 +131,8 @@ class _AirNet(nn.Module):
 
     @nn.compact
     def __call__(self, images, train):
-        config, precision, activate = self.config, self.precision, self.config.activation
+        config, precision = self.config, self.precision
+        activate = lambda x: Activation(config.activation)(x)
         x = activate(_Whiten(config, precision, name="whiten")(images))
         for group, features in enumerate(config.channels, start=1):
             unit = lambda i, pool=False, group=group, features=features: _Unit(
@@ -139,6 +142,6 @@ class _AirNet(nn.Module):
             skip = x
             x = activate(unit(2)(x, train))
             if config.convs == 3:
-                x = activate(unit(3)(x, train) + skip)
+                x = activate(Add()(unit(3)(x, train), skip))
         init = unit_std if config.head == "unit_std" else torch_uniform
         return linear_head(self, x, self.num_classes, precision, init) * config.output_scale  # 3x3 for images of 32x32

@@ -30,6 +30,17 @@ PRECISIONS = {
 }
 
 
+class LayerInfo(NamedTuple):
+    """A layer of a network, as a drawing shows it."""
+
+    path: tuple[str, ...]  # names of the modules that contain it, and its own
+    type: str  # class of the module
+    detail: str  # for example the size of the kernel
+    shape: tuple[int, ...]  # of the output for one image
+    trained: int  # parameters in it, with those of the layers inside it
+    constants: int  # numbers in the collection "constants", likewise
+
+
 class Model(NamedTuple):
     """A network: pure functions over plain nested dicts of arrays in three collections.
 
@@ -43,6 +54,8 @@ class Model(NamedTuple):
         evaluates shapes only.
       num_groups: ghost groups per training batch, the first axis of every leaf of `batch_stats`; image n belongs to
         group `n % num_groups`.
+      layers: `(variables, images) -> list[LayerInfo]` in the order of the calls, each before the layers inside it;
+        evaluates shapes only. None for networks that cannot list their layers.
     """
 
     init: Callable[[PRNGKeyArray, Images], Variables]
@@ -50,6 +63,7 @@ class Model(NamedTuple):
     finalize_batch_stats: Callable[[Params], Params]
     macs: Callable[[Variables, Images | jax.ShapeDtypeStruct], dict[str, Any]]
     num_groups: int = 1
+    layers: Callable[[Variables, Images | jax.ShapeDtypeStruct], list[LayerInfo]] | None = None
 
 
 class Network(Protocol):

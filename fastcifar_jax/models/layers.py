@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
-from fastcifar_jax.models.base import Model, Precision
+from fastcifar_jax.models.base import LayerInfo, Model, Precision, Variables
 from fastcifar_jax.ops.batch_norm import normalize, normalize_groups, normalize_groups_and_pool
 from fastcifar_jax.ops.conv import conv
 from fastcifar_jax.ops.max_pool import max_pool
-from fastcifar_jax.types import Images, Logits
+from fastcifar_jax.types import Images, Logits, flatten_by_path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +76,51 @@ def linen_model(net: nn.Module, norm: BatchNormConfig) -> Model:
         jax.eval_shape(trace, variables, images)
         return found
 
-    return Model(init, apply, finalize_batch_stats, macs, norm.num_groups)
+    def layers(variables, images):
+        return _layers_of(net, variables, images)
+
+    return Model(init, apply, finalize_batch_stats, macs, norm.num_groups, layers)
+
+
+def _layers_of(net: nn.Module, variables: Variables, images: Images | jax.ShapeDtypeStruct) -> list[LayerInfo]:
+    """The calls of modules as `Model.layers` lists them; arrays of a module with layers inside are layers, too."""
+    calls: dict[tuple[str, ...], tuple[nn.Module, tuple[int, ...]]] = {}
+
+    def intercept(call, args, kwargs, context):
+        if context.method_name == "__call__":
+            calls.setdefault(context.module.path, (context.module, ()))  # before the layers inside it
+        result = call(*args, **kwargs)
+        if context.method_name == "__call__":
+            calls[context.module.path] = (context.module, result.shape[1:])
+        return result
+
+    def trace(variables, images):
+        with nn.intercept_methods(intercept):
+            return net.apply(variables, images[:1], train=False)
+
+    jax.eval_shape(trace, variables, images)
+    arrays = [flatten_by_path(variables[name]) for name in ("params", "constants")]
+    arrays = [{tuple(path.split("/")): array for path, array in found.items()} for found in arrays]
+    count = lambda path: (sum(a.size for key, a in found.items() if key[: len(path)] == path) for found in arrays)
+    rows = []
+    for path, (module, shape) in calls.items():
+        kernel = next((found[*path, "kernel"] for found in arrays if (*path, "kernel") in found), None)
+        rows.append(LayerInfo(path, type(module).__name__.lstrip("_"), _detail(module, kernel), shape, *count(path)))
+    for path in [path for found in arrays for path in found]:
+        inside = [i for i, row in enumerate(rows) if row.path[: len(path) - 1] == path[:-1]]
+        if len(inside) > 1:
+            info = LayerInfo(path, path[-1], "", calls[path[:-1]][1], *count(path))
+            rows.insert(inside[-1] + 1, info)
+    return rows
+
+
+def _detail(module: nn.Module, kernel: Array | None) -> str:
+    """Size of the kernel or of the pooling window, or the function."""
+    if function := getattr(module, "function", None):
+        return repr(function) if dataclasses.is_dataclass(function) else getattr(function, "__name__", "")
+    window = getattr(module, "pool", None)
+    size = kernel.shape[:-2] if kernel is not None else window if isinstance(window, tuple) else ()
+    return f"{'pool ' * isinstance(module, GhostBatchNorm) if size else ''}{'×'.join(map(str, size))}"
 
 
 def torch_uniform(key, shape, dtype):
@@ -115,6 +159,34 @@ class Conv(nn.Module):
         kernel = self.param("kernel", self.kernel_init, shape, self.precision.params)
         self.sow("macs", "macs", x.shape[1] * x.shape[2] * kernel.size)
         return conv(x, kernel, self.precision.operands)
+
+
+class Activation(nn.Module):
+    """An elementwise function; a module, so that `Model.layers` lists it."""
+
+    function: Callable[[Array], Array]
+
+    def __call__(self, x):
+        """Maps of the same shape."""
+        return self.function(x)
+
+
+class MaxPool(nn.Module):
+    """`max_pool` as a module, so that `Model.layers` lists it."""
+
+    pool: tuple[int, int] = (2, 2)
+
+    def __call__(self, x):
+        """Maps, smaller by the window."""
+        return max_pool(x, self.pool)
+
+
+class Add(nn.Module):
+    """The sum of a residual; a module, so that `Model.layers` lists it."""
+
+    def __call__(self, x, y):
+        """Maps of the same shape."""
+        return x + y
 
 
 class GhostBatchNorm(nn.Module):

@@ -10,9 +10,12 @@ from jaxtyping import Array
 from fastcifar_jax.models.activations import Relu
 from fastcifar_jax.models.base import PRECISIONS, Model, Precision
 from fastcifar_jax.models.layers import (
+    Activation,
+    Add,
     BatchNormConfig,
     Conv,
     GhostBatchNorm,
+    MaxPool,
     dirac,
     linear_head,
     linen_model,
@@ -20,7 +23,6 @@ from fastcifar_jax.models.layers import (
 )
 from fastcifar_jax.models.whitening import whitening_filters
 from fastcifar_jax.ops.conv import conv
-from fastcifar_jax.ops.max_pool import max_pool
 
 PoolOrder = Literal["conv_norm_act_pool", "conv_norm_pool_act", "conv_pool_norm_act"]
 
@@ -110,9 +112,9 @@ class _Block(nn.Module):
                 pool = (2, 2) if joined else None
                 x = GhostBatchNorm(self.config.norm, self.precision, pool, name="norm")(x, train)
             elif layer == "act":
-                x = self.config.activation(x)
+                x = Activation(self.config.activation, name="act")(x)
             else:
-                x = max_pool(x, (2, 2))
+                x = MaxPool(name="pool")(x)
         return x
 
 
@@ -128,7 +130,7 @@ class _Layer(nn.Module):
         block = lambda name, pool=False: _Block(self.config, self.features, self.precision, pool=pool, name=name)
         x = block("block", pool=True)(x, train)
         if self.name in self.config.res_layers:
-            x = x + block("res2")(block("res1")(x, train), train)  # no activation after the sum
+            x = Add(name="add")(x, block("res2")(block("res1")(x, train), train))  # no activation after the sum
         if self.name in self.config.extra_layers:
             x = block("extra")(x, train)
         return x

@@ -1,139 +1,85 @@
-"""The drawing of a network by Graphviz: nested clusters, a colour and a shape for each kind of layer."""
+"""The drawing of a network: nested boxes from top to bottom, with types by colour, shapes and parameter counts."""
 
-import itertools
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from fastcifar_jax.report.graph import Graph, Layer
+import jax
+import jax.numpy as jnp
+
+from fastcifar_jax.models.base import LayerInfo, Model
+from fastcifar_jax.report.drawing import FAINT, new_figure
 
 if TYPE_CHECKING:
-    from graphviz import Digraph
+    from matplotlib.figure import Figure
 
-# Light tints of Okabe and Ito's palette under black text, and a shape, so that no kind is told by colour alone.
-LOOKS = {
-    "images": ("#FFFFFF", "box"),
-    "convolution": ("#A6CEEB", "box"),
-    "norm": ("#B5E3D3", "ellipse"),
-    "activation": ("#F9D9A0", "hexagon"),
-    "pool": ("#F0BFD8", "invtrapezium"),
-    "linear": ("#7FB5DB", "component"),
-    "join": ("#F3B48B", "octagon"),
-    "other": ("#E6E6E6", "note"),
-}
-FONT = "Helvetica,Arial,sans-serif"
-_TIMES = "\N{MULTIPLICATION SIGN}"
+# Light tints of Okabe and Ito's palette under black text, by a part of the type's name; the types are also named.
+TINTS = {
+    "whiten": "#D5E6F3", "conv": "#A6CEEB", "norm": "#B5E3D3", "activation": "#F9D9A0", "pool": "#F0BFD8",
+    "add": "#F3B48B", "linear": "#C9BCE6", "dense": "#C9BCE6",
+}  # fmt: skip
+OTHER = "#E6E6E6"
+WIDTH, INDENT, MARGIN = 8.6, 0.22, 0.08  # of the drawing, and of a box in the one around it, in inches
+ROW, GAP = 1.12, 0.13  # distance of rows, and space below the last box in another, in heights of a box
+COLUMNS = {"output": 5.8, "trained": 7.1, "constants": 8.2}  # right edges of the columns, in inches
 
 
-class NoDot(RuntimeError):
-    """Graphviz's program `dot` is not installed, or does not draw."""
-
-
-def draw(graph: Graph, title: str) -> "Digraph":
-    """The drawing, from top to bottom.
-
-    A module with a single layer is no cluster; the layer bears its name, if that says more than the layer's kind.
-
-    Args:
-      graph: of `graph_of`.
-      title: shown above, with the number of parameters.
+def layers_of(model: Model, name: str) -> list[LayerInfo]:
+    """The layers of a network for images of 32x32.
 
     Raises:
-      ValueError: there is no Python package graphviz.
+      ValueError: a model without the function `layers`.
     """
-    try:
-        from graphviz import Digraph
-    except ImportError as error:
-        raise ValueError(f"drawings need graphviz: {error}; pip install -e '.[plot]'") from error
-    counts = ", ".join(_counts(graph.trained, graph.frozen)) or "no parameters"
-    drawing = Digraph(
-        graph_attr={
-            "label": f"{_plain(title)}\n{counts}\n ",
-            "labelloc": "t",
-            "rankdir": "TB",
-            "bgcolor": "white",
-            "fontname": FONT,
-            "nodesep": "0.3",
-            "ranksep": "0.25",
-        },
-        node_attr={"style": "filled", "fontname": FONT, "fontsize": "11", "color": "#444444", "margin": "0.1,0.05"},
-        edge_attr={"color": "#444444", "arrowsize": "0.7"},
-    )
-    alone = {scope for scope, layers in _clusters(graph).items() if len(layers) == 1}
-    _fill(drawing, graph, (), alone, itertools.count())
-    for i, layer in enumerate(graph.layers):
-        for other in layer.inputs:
-            drawing.edge(str(other), str(i))
-    return drawing
+    if model.layers is None:
+        raise ValueError(
+            f"the network of {name!r} cannot be drawn: its Model has no function `layers`; networks made by "
+            "`models.layers.linen_model` have one"
+        )
+    images = jax.ShapeDtypeStruct((2 * model.num_groups, 32, 32, 3), jnp.float32)
+    variables = jax.eval_shape(model.init, jax.eval_shape(lambda: jax.random.key(0)), images)
+    return model.layers(variables, images)
 
 
-def render(drawing: "Digraph", form: str) -> bytes:
-    """The picture of a drawing.
+def draw(layers: Sequence[LayerInfo], title: str) -> "Figure":
+    """The drawing.
 
     Args:
-      drawing: of `draw`.
-      form: "png" or "svg".
-
-    Raises:
-      NoDot: the program `dot` is not on the path, or fails.
+      layers: from `layers_of`, the network itself first.
+      title: above the drawing, with the numbers of parameters.
     """
-    from graphviz import CalledProcessError, ExecutableNotFound
-
-    if form == "png":
-        drawing = drawing.copy()
-        drawing.attr(dpi="144")
-    try:
-        return drawing.pipe(format=form, quiet=True)
-    except ExecutableNotFound as error:
-        raise NoDot("Graphviz's program dot is not installed") from error
-    except CalledProcessError as error:
-        raise NoDot(f"Graphviz's program dot failed, {error.stderr.decode(errors='replace').strip()}") from error
-
-
-def _clusters(graph: Graph) -> dict[tuple[str, ...], list[int]]:
-    """Every scope but the network's own, and the layers in it and in the scopes inside."""
-    clusters: dict[tuple[str, ...], list[int]] = {}
-    for i, layer in enumerate(graph.layers):
-        for depth in range(1, len(layer.scope) + 1):
-            clusters.setdefault(layer.scope[:depth], []).append(i)
-    return clusters
-
-
-def _fill(drawing: "Digraph", graph: Graph, scope: tuple[str, ...], alone: set, numbers: Iterator[int]) -> None:
-    """Adds the layers of a scope and the clusters inside it."""
-    inside = []
-    for i, layer in enumerate(graph.layers):
-        below = layer.scope[: len(scope) + 1]
-        if layer.scope[: len(scope)] != scope:
-            continue
-        if below == scope or below in alone:
-            colour, shape = LOOKS[layer.kind]
-            name = layer.scope[-1] if below in alone else ""
-            drawing.node(str(i), _text(layer, name), fillcolor=colour, shape=shape)
-        elif below not in inside:
-            inside.append(below)
-    for child in inside:
-        layers = [layer for layer in graph.layers if layer.scope[: len(child)] == child]
-        trained, frozen = sum(layer.trained for layer in layers), sum(layer.frozen for layer in layers)
-        # Short lines, justified to the left: the edge into the cluster comes down through its middle.
-        lines = (_plain(child[-1]), f"{trained:,}" * bool(trained), f"{frozen:,} frozen" * bool(frozen))
-        with drawing.subgraph(name=f"cluster{next(numbers)}") as cluster:
-            cluster.attr(label="".join(f"{line}\\l" for line in lines if line), labeljust="l", fontsize="11")
-            cluster.attr(style="rounded,filled", color="#999999", fillcolor="#0000000D")
-            _fill(cluster, graph, child, alone, numbers)
+    network, *rows = layers
+    inside = {row.path: [other for other in rows if other.path[: len(row.path)] == row.path] for row in rows}
+    tops, y = {}, 1.0
+    for row, following in zip(rows, (*rows[1:], network), strict=True):
+        tops[row.path] = y
+        common = sum(a == b for a, b in zip(row.path, following.path, strict=False))
+        closed = len(row.path) - common - (len(inside[row.path]) == 1)
+        y += ROW + GAP * closed
+    figure = new_figure(WIDTH, 0.27 * y + 0.6)
+    axis = figure.subplots()
+    axis.set(xlim=(0, WIDTH), ylim=(y, -0.3))
+    axis.set_axis_off()
+    axis.set_title(f"{title}: {network.trained:,} trained parameters, {network.constants:,} constants")
+    for name, x in {"layer": 0.1, "type": 1.8, **COLUMNS}.items():
+        axis.text(x, 0.5, name, ha="left" if x < 2 else "right", va="center", color="#555555")
+    for row in rows:
+        last = inside[row.path][-1].path
+        height = tops[last] - tops[row.path] + 1 + GAP * (len(last) - len(row.path))
+        _draw_layer(axis, row, tops[row.path], height, len(inside[row.path]) > 1)
+    return figure
 
 
-def _text(layer: Layer, name: str) -> str:
-    """The lines of a node."""
-    known = layer.label.startswith(name.lower().split("_")[0])  # of "Conv_0: conv 3x3" one is enough
-    lines = [layer.label if known else f"{name}: {layer.label}", _TIMES.join(map(str, layer.shape))]
-    lines += _counts(layer.trained, layer.frozen)
-    return "\n".join(map(_plain, lines))
+def _draw_layer(axis, row: LayerInfo, top: float, height: float, contains: bool) -> None:
+    """One box: filled by type, or a frame around the layers inside."""
+    from matplotlib.patches import FancyBboxPatch
 
-
-def _plain(text: str) -> str:
-    """Text whose backslashes mean nothing to Graphviz."""
-    return text.replace("\\", "\\\\")
-
-
-def _counts(trained: int, frozen: int) -> list[str]:
-    return [f"{trained:,} parameters"] * bool(trained) + [f"{frozen:,} frozen"] * bool(frozen)
+    left, right = INDENT * (len(row.path) - 1), WIDTH - MARGIN * (len(row.path) - 1)
+    tint = next((tint for part, tint in TINTS.items() if part in row.type.lower()), OTHER)
+    look = {"fc": (0, 0, 0, 0.05), "ec": FAINT} if contains else {"fc": tint, "ec": "#444444"}
+    look |= {"boxstyle": "round,pad=0,rounding_size=0.08", "mutation_aspect": 3, "lw": 0.8}
+    axis.add_patch(FancyBboxPatch((left, top), right - left, height, **look))
+    texts = {left + 0.1: row.path[-1], 1.8: " ".join((row.type, row.detail)).strip()}
+    for x, text in texts.items():
+        axis.text(x, top + 0.5, text, va="center", weight="bold" if contains else "normal")
+    counts = (f"{count:,}" if count else "" for count in (row.trained, row.constants))
+    for x, text in zip(COLUMNS.values(), ("×".join(map(str, row.shape)), *counts), strict=True):
+        axis.text(x, top + 0.5, text, ha="right", va="center")

@@ -10,19 +10,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fastcifar_jax.analysis.compare import Arm, arm_name
+from fastcifar_jax.analysis.compare import Arm, arm_name, num_epochs
 from fastcifar_jax.augment import augment, normalize, plan_epoch
 from fastcifar_jax.models.whitening import patch_moments
 from fastcifar_jax.recipe import Recipe
+from fastcifar_jax.report.tables import MAX_VALUE, arms_of, plausible
+from fastcifar_jax.report.text import data_text
 from fastcifar_jax.runs import records
+from fastcifar_jax.runs.provenance import data_key
 from fastcifar_jax.runs.records import Record
 from fastcifar_jax.schedules import count_steps
-from fastcifar_jax.train import make_train
+from fastcifar_jax.train import train_epochs
 from fastcifar_jax.types import Dataset, EpochInfo, flatten_by_path
+
+Points = list[tuple[float, float]]
 
 
 def to_pixels(images: np.ndarray, recipe: Recipe) -> np.ndarray:
-    """Normalised images as uint8, cut off at 0 and 255."""
+    """Normalised images as uint8, clipped to 0 and 255."""
     return np.rint(np.clip(np.asarray(images) * recipe.std + recipe.mean, 0, 255)).astype(np.uint8)
 
 
@@ -30,9 +35,9 @@ def augmented(recipe: Recipe, dataset: Dataset, num_images: int, epochs: Sequenc
     """The first training images as a run of the recipe sees them.
 
     Args:
-      recipe: its augmentations and how they are drawn.
-      dataset: all of it, since options are drawn for whole epochs.
-      num_images: how many.
+      recipe: its augmentations and their sampling.
+      dataset: all of it, since the augmentations are sampled for whole epochs.
+      num_images: number of images.
       epochs: 1-based.
       seed: of the run.
 
@@ -51,14 +56,14 @@ def augmented(recipe: Recipe, dataset: Dataset, num_images: int, epochs: Sequenc
 
 
 class EigenPatches(NamedTuple):
-    """Eigenvectors of the patches' second moments, by falling eigenvalue; their signs are the solver's choice."""
+    """Eigenvectors of the patches' second moments, by decreasing eigenvalue; their signs are arbitrary."""
 
     roots: np.ndarray  # of the eigenvalues, [patches]
     vectors: np.ndarray  # of length 1, in normalised units, [patches, size, size, channels]
 
 
 def eigen_patches(recipe: Recipe, dataset: Dataset, size: int) -> EigenPatches:
-    """What whitening filters are made of: from the training images that the recipe's network is initialised with."""
+    """The basis of the whitening filters, from the training images that the recipe's network is initialised with."""
     images = normalize(jnp.asarray(dataset.train_images[: recipe.init_images]), recipe.mean, recipe.std)
     eigenvalues, vectors = np.linalg.eigh(np.asarray(patch_moments(images, size), np.float64))
     roots = np.sqrt(np.maximum(eigenvalues[::-1], 0))
@@ -70,7 +75,7 @@ class Rates(NamedTuple):
 
     epochs: np.ndarray  # time, [steps + 1]
     rates: np.ndarray  # [steps + 1]
-    optimizer: str  # whose rate it is; the rates of different optimisers mean different things
+    optimizer: str  # its class; the rates of different optimisers cannot be compared
 
 
 def learning_rates(recipe: Recipe, steps_per_epoch: int) -> Rates:
@@ -84,7 +89,7 @@ def learning_rates(recipe: Recipe, steps_per_epoch: int) -> Rates:
     if peak is None or schedule is None:
         raise ValueError(
             f"{recipe.name}: {type(optim).__name__} has no field `schedule`, or neither `peak_lr` nor `lr`; the "
-            "learning rate is drawn from these"
+            "plot of the learning rate needs these fields"
         )
     steps = np.arange(num_steps + 1, dtype=np.float32)
     epochs = steps / steps_per_epoch
@@ -96,24 +101,20 @@ def learning_rates(recipe: Recipe, steps_per_epoch: int) -> Rates:
 class NormHistory(NamedTuple):
     """Trained scales and biases of the batch norms at the end of each epoch: layer -> `[epochs, channels]`."""
 
-    scales: dict[str, np.ndarray]  # empty where the scales are fixed
+    scales: dict[str, np.ndarray]  # empty if the scales are fixed
     biases: dict[str, np.ndarray]
 
 
 def norm_history(
-    recipe: Recipe,
-    num_classes: int,
-    dataset: Dataset,
-    on_epoch: Callable[[EpochInfo], None] | None = None,
-    seed: int = 0,
+    recipe: Recipe, num_classes: int, dataset: Dataset, on_epoch: Callable[[EpochInfo], None], seed: int = 0
 ) -> NormHistory:
-    """Trains a recipe and logs its batch norms, which are the layers that keep running statistics (section 7.6).
+    """Trains a recipe and collects its batch norms, the layers with running statistics (section 7.6).
 
     Args:
       recipe: what to train.
       num_classes: size of the logits.
       dataset: on the device.
-      on_epoch: is told of each epoch.
+      on_epoch: called after each epoch.
       seed: of the run.
 
     Raises:
@@ -121,7 +122,7 @@ def norm_history(
       Diverged: a loss that is not finite.
     """
     images = jax.ShapeDtypeStruct((1, *dataset.train_images.shape[1:]), jnp.float32)
-    model = recipe.model(num_classes, "float32")  # the dtype is of no consequence here
+    model = recipe.model(num_classes, "float32")  # the paths do not depend on the dtype
     variables = jax.eval_shape(model.init, jax.eval_shape(lambda: jax.random.key(0)), images)
     layers = {path.rpartition("/")[0] for path in flatten_by_path(variables["batch_stats"])}
     matches = [re.fullmatch("(.*)/(scale|bias)", path) for path in flatten_by_path(variables["params"])]
@@ -129,91 +130,84 @@ def norm_history(
     if not history:
         raise ValueError(f"{recipe.name}: its network has no batch norm with a trained scale or bias")
 
-    def keep(snapshot):
+    for snapshot in train_epochs(recipe, num_classes, jax.random.key(seed), dataset):
         arrays = flatten_by_path(snapshot.state.params)
         for path, rows in history.items():
             rows.append(np.array(arrays[path]))  # a copy: the next epoch overwrites the state
-
-    make_train(recipe, num_classes)(jax.random.key(seed), dataset, on_epoch, on_snapshot=keep)
+        on_epoch(snapshot.epochs[-1])
     of = lambda end: {path.removesuffix(end): np.stack(rows) for path, rows in history.items() if path.endswith(end)}
     return NormHistory(of("/scale"), of("/bias"))
 
 
-def read_runs(paths: Iterable[Path]) -> list[Record]:
-    """The records in files and folders: `runs`, `runs/final` or `runs/final/....json`.
+def read_arms(paths: Sequence[Path]) -> list[Arm]:
+    """The arms of the records in files and folders: `runs`, `runs/final` or `runs/final/....json`.
 
     Raises:
-      ValueError: runs on different images, or two records of one run.
-      RecordError: a path that holds no record, or a JSON file that is none.
+      ValueError: runs on different data, or no finished run.
+      RecordError: a path without records, or a JSON file that is not a record.
     """
-    found = records.gather(paths)
-    images: dict[str, str] = {}
-    runs: dict[tuple, list[Path]] = {}
-    for file, record in found.items():
-        images.setdefault(
-            record.provenance.data["hash"], f"{file.name} of {record.experiment} saw {record.provenance.data['source']}"
-        )
-        runs.setdefault((record.framework, record.experiment, record.recipe_hash, record.seed), []).append(file)
-    if len(images) > 1:
-        raise ValueError(f"these runs saw different images: {'; '.join(images.values())}; name those of one data set")
-    if twice := [files for files in runs.values() if len(files) > 1]:
-        raise ValueError(f"{' and '.join(map(str, twice[0]))} are records of one run; name one of them")
-    return list(found.values())
-
-
-def arms_of(runs: Iterable[Record]) -> list[Arm]:
-    """The records by recipe, named as in `compare`; recipes that share a name are told apart by epochs, or by hash."""
-    by_recipe: dict[tuple[str, str], list[Record]] = {}
-    for record in runs:
-        by_recipe.setdefault((_name(record), record.recipe_hash), []).append(record)
-    arms, names = [], list(dict.fromkeys(name for name, _ in by_recipe))
-    in_order = lambda item: (names.index(item[0][0]), _length(item[1][0]))
-    for (name, recipe_hash), group in sorted(by_recipe.items(), key=in_order):
-        others = [same[0] for (other, _), same in by_recipe.items() if other == name]
-        if len({_length(record) for record in others}) < len(others):
-            name = f"{name}@{recipe_hash[:8]}"
-        elif len(others) > 1:
-            name = f"{name}, {_length(group[0]):g} epochs"
-        arms.append(Arm(name, tuple(sorted(group, key=lambda record: record.seed))))
-    return arms
+    found = list(records.gather(paths).values())
+    data: dict[tuple, str] = {}
+    for record in found:
+        made = record.provenance
+        data.setdefault(data_key(made), f"{record.experiment} on {data_text(made.data)}")
+    if len(data) > 1:
+        raise ValueError(f"these runs saw different images: {'; '.join(data.values())}; name runs on the same data")
+    if not any(record.status == "finished" for record in found):
+        raise ValueError(f"no run in {', '.join(map(str, paths))} has finished; there is nothing to draw")
+    return arms_of(found)
 
 
 def lengths_of(arms: Iterable[Arm]) -> dict[str, dict[float, Arm]]:
-    """Recipes that differ in nothing but their length: name -> epochs -> arm.
+    """Recipes that differ only in their length: name -> epochs -> arm.
 
-    A recipe's schedule may differ too: it is moved with the length. The name is what the arms' names have in common,
-    without a number at its end: `final_e24` and `final_e40` are `final`.
+    Their schedules may differ too, since they depend on the length. The name is the common prefix of the experiments'
+    names without a number at the end: `final_e24` and `final_e40` are `final`.
 
     Raises:
-      ValueError: two recipes of one length that differ only in their schedule.
+      ValueError: two recipes of the same length that differ only in their schedules.
     """
     alike: dict[str, dict[float, Arm]] = {}
     for arm in arms:
         first = arm.records[0]
         fixed = {k: v for k, v in first.recipe.items() if k != "num_epochs" and not k.startswith("optim.schedule")}
         lengths = alike.setdefault(repr((first.framework, sorted(fixed.items()))), {})
-        epochs = _length(first)
+        epochs = num_epochs(first)
         if epochs in lengths:
             raise ValueError(
-                f"{lengths[epochs].name} and {arm.name} are both of {epochs:g} epochs and differ in nothing but their "
-                "schedule; name the records of one of them"
+                f"{lengths[epochs].name} and {arm.name} both have {epochs:g} epochs and differ only in their "
+                "schedules; name the records of one of them"
             )
         lengths[epochs] = arm
-    named = {}
+    named: dict[str, dict[float, Arm]] = {}
     for lengths in alike.values():
-        group = list(lengths.values())
-        stem = os.path.commonprefix([re.sub(r"_?e?\d+$", "", _name(arm.records[0])) for arm in group])
-        name = stem or group[0].name
-        name = f"{name}@{group[0].records[0].recipe_hash[:8]}" if name in named else name
+        firsts = [arm.records[0] for arm in lengths.values()]
+        names = [re.sub(r"_?e?\d+$", "", arm_name(first.framework, first.experiment)) for first in firsts]
+        name = os.path.commonprefix(names) or next(iter(lengths.values())).name
+        name = f"{name}@{firsts[0].recipe_hash[:8]}" if name in named else name
         named[name] = dict(sorted(lengths.items()))
     return named
 
 
-def _name(record: Record) -> str:
-    return arm_name(record.framework, record.experiment)
+class Curves(NamedTuple):
+    """One quantity of an arm by epoch."""
+
+    mean: Points  # over the finished runs, at the epochs that all of them have
+    finished: list[Points]  # one per run
+    unfinished: list[Points]
 
 
-def _length(record: Record) -> float:
-    """In epochs; a record may come from anywhere, and its recipe holds what it likes."""
-    length = record.recipe.get("num_epochs")
-    return length if isinstance(length, int | float) else len(record.epochs)
+def curves_of(arm: Arm, field: str) -> Curves:
+    """The values of `EpochInfo.field` that can be drawn: accuracies in per cent, losses above 0."""
+    scale, least = (100, 0) if field.endswith("accuracy") else (1, 1 / MAX_VALUE)
+
+    def points(record: Record) -> Points:
+        rows = [(row.epoch, scale * getattr(row, field)) for row in record.epochs]
+        return [(epoch, y) for epoch, y in rows if plausible(epoch) and plausible(y) and y >= least]
+
+    runs = [(record.status == "finished", points(record)) for record in arm.records]
+    finished = [found for done, found in runs if done and found]
+    by_epoch = [dict(found) for found in finished]
+    common = [epoch for epoch in by_epoch[0] if all(epoch in run for run in by_epoch)] if by_epoch else []
+    mean = [(epoch, float(np.mean([run[epoch] for run in by_epoch]))) for epoch in common]
+    return Curves(mean, finished, [found for done, found in runs if found and not done])

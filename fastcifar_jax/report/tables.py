@@ -1,28 +1,27 @@
-"""What records say, as tables: arms beside what is published for them, and every run with its data and environment."""
+"""Records as tables: arms beside their published figures, differences between arms, and every run with its origin."""
 
 import json
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from fastcifar_jax.analysis import compare as comparison
 from fastcifar_jax.analysis import stats
-from fastcifar_jax.analysis.compare import METRICS, Arm, CompareOptions, arm_name, values_of
-from fastcifar_jax.cli import console as report
+from fastcifar_jax.analysis.compare import METRICS, Arm, CompareOptions, group_arms, values_of
 from fastcifar_jax.recipe import Published, Recipe, flatten
+from fastcifar_jax.report.text import clean, data_text, device_text, percent, published_percent, seconds
 from fastcifar_jax.runs import records
 from fastcifar_jax.runs.experiments import Experiment
 from fastcifar_jax.runs.provenance import data_key
 from fastcifar_jax.runs.records import STATUSES, Record
 
-CIFAR10 = ("cifar10", 50_000, 10_000)  # the data that published figures are of
-CHANGES_SHOWN = 3  # of a recipe that is not the declared one
-LONGEST = 500  # characters of a cell
-LARGEST = 1e12  # no accuracy, loss or time is larger; a sum of squares of such numbers is still finite
+CIFAR10 = ("cifar10", 50_000, 10_000)  # the data of the published figures
+MAX_CHANGES = 3  # named in the note of an arm
+MAX_VALUE = 1e12  # larger accuracies, losses and times are errors; sums of squares of smaller ones are finite
 
 
 class Table(NamedTuple):
-    """A table of texts, of which the first column names the row."""
+    """A table of texts; the first column names the row."""
 
     caption: str
     columns: tuple[str, ...]
@@ -30,188 +29,145 @@ class Table(NamedTuple):
     numbers: frozenset[str] = frozenset()  # columns to align on the right
 
 
-class ArmRuns(NamedTuple):
-    """An arm, and the records of seeds of which the arm has another record."""
-
-    arm: Arm
-    repeats: tuple[Record, ...] = ()
-
-    @property
-    def data(self) -> tuple[str, int, int]:
-        """Hash, number of training images, number of test images: arms that differ in it cannot be compared."""
-        return _data_key(self.arm.records[0])
-
-
-def grouped(found: Sequence[Record], experiments: Sequence[Experiment]) -> list[ArmRuns]:
-    """Records grouped into arms: one framework, recipe and data set each.
-
-    Of several records of a seed a finished one counts before others, and the newest of those.
-
-    Args:
-      found: in any order.
-      experiments: their order is that of the arms; unknown names come last.
-    """
-    by_arm: dict[tuple, list[Record]] = {}
-    for record in found:
-        key = (record.framework, record.experiment, record.recipe_hash, _data_key(record))
-        by_arm.setdefault(key, []).append(record)
-    order = {experiment.recipe.name: i for i, experiment in enumerate(experiments)}
-    groups = []
-    for key in sorted(by_arm, key=lambda key: (order.get(key[1], len(order)), key[1], key[0], key[2:])):
-        newest = sorted(by_arm[key], key=lambda record: (record.status == "finished", record.started))
-        chosen = {record.seed: record for record in newest}
-        repeats = tuple(record for record in newest if record is not chosen[record.seed])
-        namesakes = [other for other in by_arm if other[:2] == key[:2]]
-        name = arm_name(*key[:2])
-        name += f"@{key[2][:8]}" if len({other[2] for other in namesakes}) > 1 else ""
-        if len({other[3] for other in namesakes}) > 1:
-            name += " on {source}, {train:,} images".format_map(newest[0].provenance.data)
-        groups.append(ArmRuns(Arm(clean(name), tuple(chosen[seed] for seed in sorted(chosen))), repeats))
-    return groups
+def arms_of(found: Sequence[Record], experiments: Sequence[Experiment] = ()) -> list[Arm]:
+    """`group_arms` in the order of the experiments, with names that can be printed."""
+    arms = group_arms(found, [experiment.recipe.name for experiment in experiments])
+    return [arm._replace(name=clean(arm.name)) for arm in arms]
 
 
 def plausible(value: float) -> bool:
-    """Whether a number of a record can be counted with; a file may hold any."""
-    return abs(value) < LARGEST
+    """Whether a number of a record can be an accuracy, a loss or a time; a file may contain any number."""
+    return abs(value) < MAX_VALUE
 
 
 def values(arm: Arm, metric: str) -> list[float]:
-    """Of the finished runs, in percent, seconds or images per second."""
+    """Values of the finished runs, in per cent, seconds or images per second."""
     return [value for value in values_of(arm, metric).values() if plausible(value)]
 
 
 def summarize(arm: Arm, metric: str) -> stats.Summary | None:
-    """Mean and 95 % interval of the finished runs; None where there are none."""
+    """Mean and 95 % interval over the finished runs; None if there are none."""
     found = values(arm, metric)
     return stats.summarize(found) if found else None
 
 
 def changes(record: Record, recipe: Recipe) -> list[str]:
-    """What keeps a run from being one of the declared recipe on the data that its published figures are of.
+    """Differences of a run from the declared recipe on CIFAR-10, at most `MAX_CHANGES` of the recipe by name.
 
-    A dtype that the recipe leaves to the machine is no change.
+    A dtype that the recipe leaves to the device is not a difference.
     """
     declared = json.loads(records.dumps(flatten(recipe)))
     if declared["compute_dtype"] == "auto":
         declared["compute_dtype"] = record.recipe.get("compute_dtype")
     names = [name for name in {**declared, **record.recipe} if declared.get(name) != record.recipe.get(name)]
-    told = [f"{name} {record.recipe.get(name)} instead of {declared.get(name)}" for name in names[:CHANGES_SHOWN]]
-    if len(names) > CHANGES_SHOWN:
-        told.append(f"{len(names) - CHANGES_SHOWN} more values")
+    found = [f"{name} {record.recipe.get(name)} instead of {declared.get(name)}" for name in names[:MAX_CHANGES]]
+    if len(names) > MAX_CHANGES:
+        found.append(f"{len(names) - MAX_CHANGES} more values")
     data = record.provenance.data
-    if (data["source"], data["train"], data["test"]) != CIFAR10:
-        told.insert(0, data_text(record))
-    return told
+    return found if (data["source"], data["train"], data["test"]) == CIFAR10 else [data_text(data), *found]
 
 
 LADDER = ("step", "epochs", "published", "published time", "n", "test", "with TTA", "training time", "note")
 
 
-def ladder(groups: Sequence[ArmRuns], experiments: Sequence[Experiment]) -> list[Table]:
-    """Published and measured side by side: a table for each module of experiments, the measured modules first.
+def ladder(arms: Sequence[Arm], experiments: Sequence[Experiment], show_all: bool = False) -> list[Table]:
+    """Published and measured figures side by side, one table per module of experiments.
 
-    A module without published figures shows only what has records. Arms of no declared recipe come last.
+    Args:
+      arms: from `arms_of`; those of undeclared recipes get a table of their own, the last.
+      experiments: the declared recipes.
+      show_all: whether to include recipes without records; their tables come after those with records.
     """
-    tables, known = [], {experiment.recipe.name for experiment in experiments}
-    on_record = {group.arm.records[0].experiment for group in groups}
-    titles = dict.fromkeys(experiment.title for experiment in experiments)
-    of_title = lambda title: [experiment.recipe for experiment in experiments if experiment.title == title]
-    for title in sorted(titles, key=lambda title: not any(recipe.name in on_record for recipe in of_title(title))):
-        whole = any(recipe.published != Published() for recipe in of_title(title))
+    of_recipe = lambda name: [arm for arm in arms if arm.records[0].experiment == name]
+    measured, not_run = [], []
+    for title in dict.fromkeys(experiment.title for experiment in experiments):
         rows = []
-        for recipe in of_title(title):
-            arms = [group.arm for group in groups if group.arm.records[0].experiment == recipe.name]
-            rows += [_measured_row(arm, recipe) for arm in arms]
-            if whole and not arms:
+        for recipe in (experiment.recipe for experiment in experiments if experiment.title == title):
+            rows += [_measured_row(arm, recipe) for arm in of_recipe(recipe.name)]
+            if show_all and not of_recipe(recipe.name):
                 rows.append((recipe.name, str(recipe.num_epochs), *_published(recipe), "", "", "", "", "not run"))
         if rows:
-            tables.append(_ladder_table(title, rows))
-    rows = [_measured_row(group.arm, None) for group in groups if group.arm.records[0].experiment not in known]
-    return [*tables, _ladder_table("Recipes that no module declares", rows)] if rows else tables
+            (not_run if all(row[-1] == "not run" for row in rows) else measured).append(_ladder_table(title, rows))
+    declared = {experiment.recipe.name for experiment in experiments}
+    rows = [_measured_row(arm, None) for arm in arms if arm.records[0].experiment not in declared]
+    return [*measured, *not_run, *([_ladder_table("Undeclared recipes", rows)] if rows else [])]
 
 
 DIFFERENCES = ("arm", "n", "with TTA", "difference", "p (Holm)", "verdict", "runs to see it", "training time")
 
 
-def differences(groups: Sequence[ArmRuns], against: str | None = None, previous: bool = False) -> list[Table]:
-    """The arms' accuracies with TTA against another's, in points: a table for each data set that has arms to compare.
+def differences(arms: Sequence[Arm], against: str | None = None, previous: bool = False) -> list[Table]:
+    """Differences in accuracy with TTA, in percentage points, one table per data set, with the numbers of `compare`.
 
-    Those are arms of two finished runs or more. The numbers are those of `comparison.compare`.
+    Only arms with at least two finished runs are compared.
 
     Args:
-      groups: from `grouped`.
-      against: the arm that the others are compared with; the first of a data set where that has no arm of this name.
-      previous: whether each arm is compared with the one above it instead.
+      arms: from `arms_of`.
+      against: name of the arm to compare with; the first arm of a data set if it has no arm of this name.
+      previous: whether to compare each arm with the one above it instead.
     """
-    question = CompareOptions(against_previous=previous)
+    options = CompareOptions(against_previous=previous)
     by_data: dict[tuple, list[Arm]] = {}
-    for group in groups:
-        found = values_of(group.arm, question.metric).values()
+    for arm in sorted(arms, key=lambda arm: arm.name != against):  # stable
+        found = values_of(arm, options.metric).values()
         if len(found) > 1 and all(map(plausible, found)):
-            by_data.setdefault(group.data, []).append(group.arm)
-    return [
-        _difference_table(sorted(arms, key=lambda arm: arm.name != against), question)  # stable
-        for arms in by_data.values()
-        if len(arms) > 1
-    ]
+            by_data.setdefault(data_key(arm.records[0].provenance), []).append(arm)
+    return [_difference_table(alike, options) for alike in by_data.values() if len(alike) > 1]
 
 
-def run_tables(groups: Sequence[ArmRuns]) -> list[Table]:
-    """Every run, finished or not; the data sets and the environments that its row refers to as D1, E1 and so on."""
+def run_tables(arms: Sequence[Arm]) -> list[Table]:
+    """The environments E1, E2, ..., the data sets D1, D2, ..., and every run, finished or not, referring to them."""
     environments: dict[tuple, str] = {}
     data: dict[tuple, str] = {}
     rows = []
-    for group in groups:
-        for record in sorted((*group.arm.records, *group.repeats), key=lambda record: record.seed):
-            versions = ", ".join(f"{name} {version}" for name, version in record.provenance.versions.items())
-            dtype = record.recipe.get("compute_dtype", "")
+    for arm in arms:
+        for record in sorted((*arm.records, *arm.repeats), key=lambda record: record.seed):
             made = record.provenance
-            environment = (report.device_text(made.device), versions, made.conv, made.mesh, made.source_hash[:8])
-            digest, *counts = _data_key(record)
+            versions = ", ".join(f"{name} {version}" for name, version in made.versions.items())
+            environment = (device_text(made.device), versions, made.conv, made.mesh, made.source_hash[:8])
+            digest, *counts = data_key(record.provenance)
             source = (made.data["source"], digest[:16], *(f"{count:,}" for count in counts))
             result = record.result or {}
-            shown = (_percent(result.get("test_accuracy")), _percent(result.get("tta_accuracy")))
-            times = (_seconds(result.get("train_seconds")), _seconds(result.get("compile_seconds")))
+            show = lambda name, write, result=result: (
+                write(result[name]) if name in result and plausible(result[name]) else ""
+            )
             rows.append((
-                group.arm.name, str(record.seed), record.status, *shown, *times, dtype,
-                data.setdefault(source, f"D{len(data) + 1}"),
+                arm.name, str(record.seed), record.status, show("test_accuracy", percent),
+                show("tta_accuracy", percent), show("train_seconds", seconds), show("compile_seconds", seconds),
+                record.recipe.get("compute_dtype", ""), data.setdefault(source, f"D{len(data) + 1}"),
                 environments.setdefault(environment, f"E{len(environments) + 1}"),
                 record.started, " ".join(record.command), record.error or "",
             ))  # fmt: skip
-    of = lambda found: tuple((name, *values) for values, name in found.items())
+    named = lambda found: tuple((name, *values) for values, name in found.items())
     columns = ("arm", "seed", "status", "test", "with TTA", "training time", "compiling", "dtype", "data",
                "environment", "started", "command", "error")  # fmt: skip
     counts = ", ".join(f"{sum(row[2] == status for row in rows)} {status}" for status in STATUSES)
     return [
         Table("Environments", ("name", "device", "versions", "convolution", "mesh", "source hash"),
-              of(environments)),
-        Table("Data", ("name", "source", "hash", "training images", "test images"), of(data),
+              named(environments)),
+        Table("Data", ("name", "source", "hash", "training images", "test images"), named(data),
               frozenset({"training images", "test images"})),
         Table(f"Runs: {counts}", columns, tuple(rows), frozenset({"seed", *columns[3:7]})),
     ]  # fmt: skip
 
 
-def data_text(record: Record) -> str:
-    """ "digits, 1,437 training and 360 test images"."""
-    return clean("{source}, {train:,} training and {test:,} test images".format_map(record.provenance.data))
-
-
-def measured(summary: stats.Summary | None, show: Callable[[float], str]) -> str:
-    """ "81.02 % (80.78 to 81.26)"; without an interval for a single run, and empty without runs."""
+def measured(summary: stats.Summary | None, write: Callable[[float], str]) -> str:
+    """For example "81.02 % (80.78 to 81.26)"; without an interval for a single run, empty without runs."""
     if summary is None:
         return ""
-    low, high = (show(end).split()[0] for end in (summary.low, summary.high))
-    return show(summary.mean) + (f" ({low} to {high})" if summary.n > 1 else "")
+    low, high = (write(end).split()[0] for end in (summary.low, summary.high))
+    return write(summary.mean) + (f" ({low} to {high})" if summary.n > 1 else "")
 
 
-def percent(value: float) -> str:
-    """ "94.08 %"."""
-    return f"{value:.2f} %"
+def of_100(value: float) -> str:
+    """An accuracy in per cent, as `values` has it."""
+    return percent(value / 100)
 
 
-def seconds(value: float) -> str:
-    """ "0.53 s", "26.1 s", "1,565 s"."""
-    return f"{value:,.{2 if abs(value) < 10 else 1 if abs(value) < 100 else 0}f} s"
+def status_counts(found: Sequence[Record], statuses: Sequence[str] = STATUSES) -> str:
+    """For example "3 finished, 1 crashed"."""
+    counts = {status: sum(record.status == status for record in found) for status in statuses}
+    return ", ".join(f"{count} {status}" for status, count in counts.items() if count)
 
 
 def markdown(tables: Sequence[Table]) -> str:
@@ -230,39 +186,27 @@ def markdown(tables: Sequence[Table]) -> str:
     return "\n".join(parts)
 
 
-def clean(value: Any) -> str:
-    """A value of a record as one line of at most LONGEST characters; those that cannot be shown become U+FFFD."""
-    text = " ".join(str(value)[: 2 * LONGEST].split())
-    text = text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}\u2026"
-    return "".join(c if c.isprintable() else "\ufffd" for c in text)
-
-
 def _escape_markdown(value):
-    # An underscore between letters or digits is no emphasis.
+    # An underscore between letters or digits is not emphasis.
     return re.sub(r"([\\`*~\[\]<>&|]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", clean(value))
 
 
-def _data_key(record):
-    return data_key(record.provenance)
-
-
-def _difference_table(arms, question):
-    answer = comparison.compare(arms, question)
+def _difference_table(arms, options):
+    answer = comparison.compare(arms, options)
     rows = []
     for arm, d in zip(arms, (None, *answer["differences"]), strict=True):
         shown = _difference(d) if d else ("", "", "", "")
-        tta, time = summarize(arm, question.metric), summarize(arm, "train_seconds")
-        rows.append((arm.name, _count(arm), measured(tta, percent), *shown, measured(time, seconds)))
-    base = "the arm above it" if question.previous else arms[0].name
-    caption = f"Each against {base}: {data_text(arms[0].records[0])}"
+        tta, time = summarize(arm, options.metric), summarize(arm, "train_seconds")
+        rows.append((arm.name, _count(arm), measured(tta, of_100), *shown, measured(time, seconds)))
+    base = "the arm above it" if options.against_previous else arms[0].name
+    caption = f"Each against {base}: {data_text(arms[0].records[0].provenance.data)}"
     return Table(clean(caption), DIFFERENCES, tuple(rows), frozenset(DIFFERENCES[1:]) - {"verdict"})
 
 
 def _difference(d):
     size = f"{d['estimate']:+.2f} ({d['low']:+.2f} to {d['high']:+.2f})"
-    verdict = "none shown" if d["p_holm"] >= 0.05 else "higher" if d["estimate"] > 0 else "lower"
     needed = d["runs_for_observed"]
-    return size, f"{d['p_holm']:.2g}", verdict, f"{needed:,}" if needed else ""
+    return size, f"{d['p_holm']:.2g}", d["verdict"], f"{needed:,}" if needed else ""
 
 
 def _ladder_table(caption, rows):
@@ -270,11 +214,10 @@ def _ladder_table(caption, rows):
 
 
 def _measured_row(arm, recipe):
-    first = arm.records[0]
     test, tta, time = (summarize(arm, metric) for metric in METRICS[:3])
     published = _published(recipe) if recipe else ("", "")
-    cells = (_count(arm), measured(test, percent), measured(tta, percent), measured(time, seconds))
-    return (arm.name, clean(first.recipe.get("num_epochs", "")), *published, *cells, _note(arm, recipe))
+    cells = (_count(arm), measured(test, of_100), measured(tta, of_100), measured(time, seconds))
+    return (arm.name, clean(arm.records[0].recipe.get("num_epochs", "")), *published, *cells, _note(arm, recipe))
 
 
 def _count(arm):
@@ -284,18 +227,16 @@ def _count(arm):
 
 
 def _note(arm, recipe):
-    """Whether the published figures are of the same, what became of unfinished runs, and where an arm ran."""
+    """Whether the arm can be compared with the published figures, the unfinished runs, and the devices."""
     notes = []
     if recipe is not None:
-        told = "; ".join(changes(arm.records[0], recipe))
+        found = "; ".join(changes(arm.records[0], recipe))
         if recipe.published == Published():
-            notes.append(f"Changed: {told}" if told else "As declared, on CIFAR-10")
+            notes.append(f"Changed: {found}" if found else "As declared, on CIFAR-10")
         else:
-            notes.append(f"Not comparable: {told}" if told else "Comparable: recipe and data as published")
-    for status in STATUSES[1:]:
-        if count := sum(record.status == status for record in arm.records):
-            notes.append(f"{count} {status}")
-    devices = dict.fromkeys(report.device_text(record.provenance.device) for record in arm.records)
+            notes.append(f"Not comparable: {found}" if found else "Comparable: recipe and data as published")
+    notes += filter(None, (status_counts(arm.records, [status]) for status in STATUSES[1:]))
+    devices = dict.fromkeys(device_text(record.provenance.device) for record in arm.records)
     notes.append(f"{'Different devices' if len(devices) > 1 else 'Device'}: {'; '.join(devices)}")
     return " ".join(f"{note}." for note in notes)
 
@@ -303,14 +244,6 @@ def _note(arm, recipe):
 def _published(recipe):
     figures = recipe.published
     runs = f", n = {figures.runs}" if figures.runs else ""
-    accuracy = "" if figures.accuracy is None else report.published_percent(figures.accuracy)
+    accuracy = "" if figures.accuracy is None else published_percent(figures.accuracy)
     time = "" if figures.seconds is None else f"{figures.seconds:g} s, {figures.device}"
     return f"{accuracy}{' TTA' * (figures.tta and bool(accuracy))}{runs if accuracy else ''}", time
-
-
-def _percent(fraction):
-    return "" if fraction is None or not plausible(fraction) else percent(100 * fraction)
-
-
-def _seconds(value):
-    return "" if value is None or not plausible(value) else seconds(value)
