@@ -17,8 +17,8 @@ from fastcifar_jax.ops.batch_norm import share_of_batch
 from fastcifar_jax.parallel import hosts, seeds
 from fastcifar_jax.parallel.mesh import make_mesh
 from fastcifar_jax.train import Diverged
-from tests.parallel import distributed_worker as worker
 from tests.helpers_train import DATASET, numbers
+from tests.parallel import distributed_worker as worker
 
 BOUND = 60  # seconds in which a process must have ended that another left alone; its heartbeat is 10
 START = 300  # seconds for the rest of a child's life

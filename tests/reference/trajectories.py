@@ -12,17 +12,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from fastcifar_jax.hparams import hparams, program_key, with_hparams
 
 from fastcifar_jax.augment import IndependentSampling, normalize
 from fastcifar_jax.functions import eval_variables, make_functions
+from fastcifar_jax.hparams import hparams, program_key, with_hparams
 from fastcifar_jax.muon import Muon
 from fastcifar_jax.ops import backend
 from fastcifar_jax.optim import AirbenchSGD, Nesterov
 from fastcifar_jax.recipe import Published, Recipe
 from fastcifar_jax.schedules import count_steps
 from fastcifar_jax.train_step import make_train_step
-from fastcifar_jax.hparams import hparams, program_key, with_hparams
 from fastcifar_jax.types import Batch, TrainState, flatten_by_path
 from tests.reference import problem
 from tests.reference.problem import Case, Trajectory

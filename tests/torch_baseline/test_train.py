@@ -24,8 +24,9 @@ from tests.test_train import make_dataset, small
 
 torch = pytest.importorskip("torch", reason='needs PyTorch: pip install -e ".[compare]"')
 
-from fastcifar_jax.torch_baseline import train as torch_twin
 from fastcifar_jax.torch_baseline.network import Network, learning_rate, make_network, make_step, whitening_filters
+
+from fastcifar_jax.torch_baseline import train as torch_twin
 from fastcifar_jax.torch_baseline.train import make_train, make_train_step
 from tests.helpers_torch import CPU
 from tests.reference import torch_resnet9 as exact
