@@ -8,6 +8,7 @@ import pytest
 import fastcifar_jax
 from experiments import airbench, bag_of_tricks, convergence, quickstart, transfer
 from fastcifar_jax import recipe as recipe_module
+from fastcifar_jax.functions import check_trainable
 from fastcifar_jax.losses import CrossEntropy
 from fastcifar_jax.recipe import (
     Published,
@@ -20,7 +21,6 @@ from fastcifar_jax.recipe import (
     resolve_dtype,
     to_dict,
 )
-from fastcifar_jax.train import check
 from fastcifar_jax.types import Dataset
 
 MODULES = (airbench, bag_of_tricks, convergence, transfer, quickstart)
@@ -266,6 +266,8 @@ def test_an_arm_can_be_trained_and_differs_from_its_base(name):
     shape = lambda *shape, dtype: jax.ShapeDtypeStruct(shape, dtype)
     images = lambda n: shape(n, 32, 32, 3, dtype="uint8")
     labels = lambda n: shape(n, dtype="int32")
-    check(replace(recipe, compute_dtype="float32"), 10, Dataset(images(4096), labels(4096), images(500), labels(500)))
+    check_trainable(
+        replace(recipe, compute_dtype="float32"), 10, Dataset(images(4096), labels(4096), images(500), labels(500))
+    )
     if name in transfer.PARENTS:
         assert difference(recipe, transfer.PARENTS[name])
