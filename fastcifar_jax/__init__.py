@@ -12,7 +12,7 @@ if TYPE_CHECKING:  # the same names as in `_MODULES`, for type checkers and edit
     from fastcifar_jax.analysis.compare import CompareOptions, compare
     from fastcifar_jax.augment import AlternatingFlip, Crop, Cutout, Flip, GroupedSampling, IndependentSampling
     from fastcifar_jax.averaging import Ema, Lookahead
-    from fastcifar_jax.data.load import load as load_data
+    from fastcifar_jax.data.load import load_data
     from fastcifar_jax.evaluate import FlipTTA, NoTTA, SixViewTTA
     from fastcifar_jax.losses import CrossEntropy
     from fastcifar_jax.models.activations import Celu, Gelu, Relu
@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # the same names as in `_MODULES`, for type checkers and edit
     from fastcifar_jax.runs.saved_model import SavedModel, load_model
     from fastcifar_jax.runs.saved_model import load_model as load
     from fastcifar_jax.schedules import Triangle, WarmupDecay
-    from fastcifar_jax.train import make_train
+    from fastcifar_jax.train import make_train, train_epochs
 
 __version__ = "0.1.0"
 
@@ -33,7 +33,7 @@ _MODULES = {
     "analysis.compare": "CompareOptions compare",
     "augment": "AlternatingFlip Crop Cutout Flip GroupedSampling IndependentSampling",
     "averaging": "Ema Lookahead",
-    "data.load": "load_data=load",
+    "data.load": "load_data",
     "evaluate": "FlipTTA NoTTA SixViewTTA",
     "losses": "CrossEntropy",
     "models.activations": "Celu Gelu Relu",
@@ -45,7 +45,7 @@ _MODULES = {
     "recipe": "Published Recipe difference flatten from_dict override to_dict",
     "runs.saved_model": "SavedModel load_model load=load_model",
     "schedules": "Triangle WarmupDecay",
-    "train": "make_train",
+    "train": "make_train train_epochs",
 }
 _HOMES = {
     public: (module, name or public)

@@ -84,8 +84,8 @@ def evaluate(
         if limit_test and len(labels) < limit_test:
             raise DataError(f"limit_test is {limit_test}; {source} has {len(labels)} test images: give fewer")
         if len(info.classes) > len(model.classes):
-            counts = f"{len(info.classes)} classes, the model {len(model.classes)}"
-            raise DataError(f"{source} has {counts}; give other data")
+            both = f"{len(info.classes)} classes, the model {len(model.classes)}"
+            raise DataError(f"{source} has {both}; give other data")
         plain, views = model.logits(pixels)
     measured = {"plain": measure(plain, labels), "tta": measure(views, labels)}
     on_record = hash_of(pixels, labels) == model.test_hash
@@ -121,11 +121,10 @@ def read_image(path: Path, shape: tuple[int, int, int], resize: bool) -> np.ndar
     """
     height, width, channels = shape
     if channels != 3:
-        raise DataError(
-            f"the model takes images of {channels} channels; image files have three: use SavedModel.predict"
-        )
+        raise DataError(f"the model takes images of {channels} channels; files have 3: use SavedModel.predict")
     with as_data_error(path):
-        return decode_image(read_bounded(path, MAX_FILE), path, width, height, resize, "resize it, or give --resize")
+        data, advice = read_bounded(path, MAX_FILE), "resize it, or give --resize"
+        return decode_image(data, path, height, width, resize=resize, advice=advice)
 
 
 def _load(invocation: CliContext, path: Path, recipe_name: str | None) -> SavedModel:

@@ -97,9 +97,10 @@ def _declared(module: ModuleType, path: Path) -> list[Experiment]:
     if not recipes or not isinstance(recipes, tuple) or not all(isinstance(recipe, Recipe) for recipe in recipes):
         raise ValueError(f"{path} holds no recipes; it needs RECIPE = a Recipe, or RECIPES = a tuple of them")
     title = f"{path.stem}: {(module.__doc__ or '').strip().partition(chr(10))[0]}".removesuffix(": ")
-    parents, data, listed = (getattr(module, *pair) for pair in (("PARENTS", {}), ("DATA", None), ("LISTED", True)))
+    parents = getattr(module, "PARENTS", {})
+    about = path, title, getattr(module, "DATA", None), getattr(module, "LISTED", True)
     return [
-        Experiment(recipe, parents.get(recipe.name, before), path, title, data, listed)
+        Experiment(recipe, parents.get(recipe.name, before), *about)
         for recipe, before in zip(recipes, (None, *recipes[:-1]), strict=True)
     ]
 

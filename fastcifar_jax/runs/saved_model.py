@@ -148,9 +148,9 @@ def of_run(
 ) -> SavedModel:
     """The model of a run: its recipe with a resolved dtype, its data, seed, `eval_variables`, and test accuracies
     without and with test-time augmentation."""
-    shape, test_hash = dataset.test_images.shape[1:], hash_of(dataset.test_images, dataset.test_labels)
-    facts = (__version__, info.source, info.hash, test_hash, *accuracies, info.classes, shape)
-    return SavedModel(recipe, seed, *facts, variables)
+    _, height, width, channels = dataset.test_images.shape
+    facts = (__version__, info.source, info.hash, hash_of(dataset.test_images, dataset.test_labels), *accuracies)
+    return SavedModel(recipe, seed, *facts, info.classes, (height, width, channels), variables)
 
 
 def check_saveable(recipe: Recipe, info: DataInfo, dataset: Dataset) -> None:

@@ -85,7 +85,7 @@ def test_equals_the_record(run):
 
     assert (model.recipe.name, model.recipe.hash, model.seed) == (record.experiment, record.recipe_hash, 0)
     assert repr(model.recipe) == record.recipe_repr and model.classes == run.info.classes
-    assert (model.data_source, model.data_hash) == (run.source, record.data["hash"])
+    assert (model.data_source, model.data_hash) == (run.source, record.provenance.data["hash"])
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(model.variables))
 
 
@@ -297,7 +297,7 @@ def test_full_disk_leaves_neither_record_nor_model(workplace, call, monkeypatch)
     monkeypatch.setattr(os, "replace", full)
     status, out, err = call("run", "trick.py", "--data", "tiny.npz", "--save")
     assert status == 1 and err.count("\n") == 1 and "No space left" in err and ".safetensors" in err
-    assert "0 of 1 seeds" in out and not [path for path in Path("runs").rglob("*") if path.is_file()]
+    assert "0 finished" in out and not [path for path in Path("runs").rglob("*") if path.is_file()]
 
 
 @pytest.mark.parametrize(
@@ -315,6 +315,6 @@ def test_what_cannot_be_saved_is_not_trained(workplace, call, change, message):
     assert status == 2 and message in err and "leave out --save" in err and not Path("runs").exists()
 
 
-def test_save_is_for_one_seed_after_another(workplace, call):
+def test_seeds_at_once_are_not_saved(workplace, call):
     status, _, err = call("run", "trick.py", "--data", "tiny.npz", "--save", "--mesh", "1")
-    assert status == 2 and "--save is for one seed after another" in err
+    assert status == 2 and "--save cannot be combined with --mesh" in err
