@@ -4,6 +4,7 @@ The choices are those that were fastest on CPUs: channels-last memory, ghost gro
 for all crops and flips, multi-tensor updates. Nothing here was ever run on a CUDA device.
 """
 
+import functools
 import math
 import operator
 import os
@@ -130,7 +131,8 @@ def train_epochs(
             epoch, num_steps = len(rows) + 1, min(trainer.steps_per_epoch, left)
             began = time.perf_counter()
             plan = plan_epoch(recipe, seed_plans, epoch, *data.train_images.shape[:3])
-            totals = _train_epoch(trainer, data, plan, num_steps, on_steps and (lambda done: on_steps(epoch, done)))
+            report = None if on_steps is None else functools.partial(on_steps, epoch)
+            totals = _train_epoch(trainer, data, plan, num_steps, report)
             seconds = time.perf_counter() - began
             sums = evaluate(recipe, trainer.eval_network, data.test_images, data.test_labels)
             means = [*(x / (num_steps * recipe.batch_size) for x in totals), *(x / len(data.test_labels) for x in sums)]
