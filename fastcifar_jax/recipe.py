@@ -28,7 +28,7 @@ from fastcifar_jax.models.resnet9 import ResNet9
 from fastcifar_jax.muon import Muon
 from fastcifar_jax.ops import backend
 from fastcifar_jax.optim import AirbenchSGD, Nesterov, Optimizer
-from fastcifar_jax.serialization import INT_LIMIT, from_plain, to_plain
+from fastcifar_jax.serialization import INT_LIMIT, Parts, from_plain, to_plain
 
 CIFAR10_MEAN = (125.31, 122.95, 113.87)  # of the training images, red green blue, 0..255
 CIFAR10_STD = (62.99, 62.09, 66.70)
@@ -134,17 +134,21 @@ class Recipe:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def to_dict(recipe: Recipe) -> dict[str, Any]:
+def to_dict(recipe: Recipe, other: Callable[[Any], Any] | None = None) -> dict[str, Any]:
     """The whole recipe as plain JSON values; each part is a dict of its fields and the name of its class, "type".
 
+    Args:
+      recipe: of any parts.
+      other: gives what stands for values other than numbers, strings, tuples and dataclasses, as `repr` does.
+
     Raises:
-      ValueError: a part holds something other than numbers, strings, tuples and dataclasses.
+      ValueError: a part holds such a value, and there is no `other`.
 
     Example:
       >>> to_dict(Recipe())["loss"]
       {'type': 'CrossEntropy', 'label_smoothing': 0.0}
     """
-    return to_plain(recipe, "recipe")
+    return to_plain(recipe, "recipe", other)
 
 
 def from_dict(values: Mapping[str, Any], own_parts: Iterable[type] = ()) -> Recipe:
@@ -158,30 +162,32 @@ def from_dict(values: Mapping[str, Any], own_parts: Iterable[type] = ()) -> Reci
       UnknownPartError: a class that is not among those; it is a ValueError.
       ValueError: a missing or unknown field, a value of another type, or one that a part refuses.
     """
-    return from_plain(values, Recipe, "recipe", PARTS, tuple(own_parts))
+    return from_plain(values, Recipe, "recipe", Parts(PARTS, tuple(own_parts)))
 
 
-def flatten(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as one level of dotted names: `{"optim": "Nesterov", "optim.peak_lr": 0.4, ...}`.
+def flatten(recipe: Recipe | Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe, or its `to_dict`, as one level of dotted names: `{"optim": "Nesterov", "optim.peak_lr": 0.4, ...}`.
 
     `name` and `published` are left out, as in the hash.
 
     Example:
-      >>> flatten(Recipe())["optim"], flatten(Recipe())["augmentations.0.padding"]
+      >>> flatten(Recipe())["optim"], flatten(to_dict(Recipe()))["augmentations.0.padding"]
       ('Nesterov', 4)
     """
 
     def walk(prefix, value):
+        kind, items = None, {}
         if dataclasses.is_dataclass(value):
-            if prefix:
-                yield prefix, type(value).__name__
-            for field in dataclasses.fields(value):
-                yield from walk(f"{prefix}.{field.name}".lstrip("."), getattr(value, field.name))
-        elif isinstance(value, tuple) and any(dataclasses.is_dataclass(item) for item in value):
-            for i, item in enumerate(value):
-                yield from walk(f"{prefix}.{i}", item)
-        else:
-            yield prefix, value
+            kind, items = type(value).__name__, {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        elif isinstance(value, Mapping):
+            kind, items = value.get("type"), {name: item for name, item in value.items() if name != "type"}
+        elif isinstance(value, list | tuple):
+            if any(isinstance(item, Mapping) or dataclasses.is_dataclass(item) for item in value):
+                items = dict(enumerate(value))
+        if prefix and (kind or not items):
+            yield prefix, kind or value
+        for name, item in items.items():
+            yield from walk(f"{prefix}.{name}".lstrip("."), item)
 
     return {name: value for name, value in walk("", recipe) if name.split(".")[0] not in ("name", "published")}
 
@@ -269,7 +275,7 @@ def _replace_at(node: Any, path: list[str], value: Any, name: str) -> Any:
         raise ValueError(f"{name} is {old}: a part, not a number; set one of its fields, or write a recipe file")
     else:
         hint = type(old) if isinstance(node, tuple) else typing.get_type_hints(type(node))[head]
-        new = from_plain(value, hint, name, {})
+        new = from_plain(value, hint, name, Parts({}))
         new = float(new) if isinstance(old, float) and type(new) is int else new
     if isinstance(node, tuple):
         return (*node[: int(head)], new, *node[int(head) + 1 :])

@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 from experiments.bag_of_tricks import baseline, celu, final
-from fastcifar_jax.recipe import change, flatten
+from fastcifar_jax.recipe import change, to_dict
 from fastcifar_jax.report import html as page
 from fastcifar_jax.report import tables
 from fastcifar_jax.runs import records
@@ -35,7 +35,7 @@ def record(base=final, seed=0, status="finished", accuracy=0.9, seconds=10.0, nu
     fields = {
         "experiment": base.name,
         "framework": "jax",
-        "recipe": json.loads(records.dumps(flatten(base))),
+        "recipe": json.loads(records.dumps(to_dict(base))),
         "recipe_repr": repr(base),
         "recipe_hash": base.hash,
         "seed": seed,

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 from experiments.bag_of_tricks import final
-from fastcifar_jax.recipe import flatten
+from fastcifar_jax.recipe import to_dict
 from fastcifar_jax.runs.provenance import Provenance
 from fastcifar_jax.runs.records import Record
 from fastcifar_jax.types import EpochInfo
@@ -38,7 +38,7 @@ PROVENANCE = Provenance(
 RECORD = Record(
     experiment="final",
     framework="jax",
-    recipe=flatten(final),
+    recipe=to_dict(final),
     recipe_repr=repr(final),
     recipe_hash=final.hash,
     seed=3,

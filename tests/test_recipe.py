@@ -154,7 +154,7 @@ def test_a_part_that_is_not_plain_values():
         ("mean", 3.0, "mean: expected tuple"),
         ("std", [], "need one number per channel"),
         ("model.whiten", 1, "recipe.model.whiten: expected bool, got 1"),
-        ("model.pool_order", "pool", "expected Literal"),
+        ("model.pool_order", "pool", "expected one of conv_norm_act_pool, conv_norm_pool_act, "),
         ("model.channels", [1, 2, 3], "expected tuple"),
         ("model.width", 3, "expected the fields channels, .* of ResNet9, got "),
         ("model", {"type": "ResNet9"}, "expected the fields channels"),

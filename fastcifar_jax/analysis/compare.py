@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastcifar_jax.analysis import stats
+from fastcifar_jax.recipe import flatten
 from fastcifar_jax.runs import records
 from fastcifar_jax.runs.provenance import data_key
 from fastcifar_jax.runs.records import Record
@@ -257,8 +258,8 @@ def _difference(base, other, options):
 
 def _describe_difference(by_recipe):
     """The first four values in which recipes of one name differ."""
-    flat = {key: {name: str(value) for name, value in record.recipe.items()} for key, record in by_recipe.items()}
+    flat = {key: flatten(record.recipe) for key, record in by_recipe.items()}
     names = sorted(set().union(*flat.values()))
-    different = [name for name in names if len({values.get(name) for values in flat.values()}) > 1][:4]
+    different = [name for name in names if len({str(values.get(name)) for values in flat.values()}) > 1][:4]
     shown = lambda values: ", ".join(f"{name} {values.get(name)}" for name in different)
     return "; ".join(f"@{key[:8]} has {shown(values)}" for key, values in flat.items())

@@ -17,9 +17,8 @@ from fastcifar_jax.functions import check_trainable
 from fastcifar_jax.ops import backend
 from fastcifar_jax.runs import experiments, files, records
 from fastcifar_jax.runs.experiments import Experiment
-from fastcifar_jax.runs.rebuild import rebuild
 from fastcifar_jax.runs.records import Record
-from fastcifar_jax.runs.reproduce import DIFFERENT, TOLERANCE, compare_rerun
+from fastcifar_jax.runs.reproduce import DIFFERENT, TOLERANCE, compare_rerun, recipe_of
 from fastcifar_jax.runs.runner import RunSettings, RunSpec, run_all
 
 
@@ -137,7 +136,7 @@ def _find_experiment(record: Record, name: str | None, folder: Path | None) -> E
 def _run_spec(record: Record, name: str | None, source: str | None, context: CliContext, console: Console) -> RunSpec:
     backend.configure_cpu()  # before anything asks JAX for a device
     experiment = _find_experiment(record, name, context.folder)
-    recipe = rebuild(experiment.recipe, record)
+    recipe = recipe_of(record, experiment.recipe)
     twin = torch_twin() if record.framework == "torch" else None
     recorded = record.provenance.data
     with usage_errors("" if source else "the data of the record (--data names others)"):

@@ -13,7 +13,7 @@ import numpy as np
 from fastcifar_jax.analysis.compare import Arm, arm_name, num_epochs
 from fastcifar_jax.augment import augment, normalize, plan_epoch
 from fastcifar_jax.models.whitening import patch_moments
-from fastcifar_jax.recipe import Recipe
+from fastcifar_jax.recipe import Recipe, flatten
 from fastcifar_jax.report.tables import MAX_VALUE, arms_of, plausible
 from fastcifar_jax.report.text import data_text
 from fastcifar_jax.runs import records
@@ -170,8 +170,9 @@ def lengths_of(arms: Iterable[Arm]) -> dict[str, dict[float, Arm]]:
     alike: dict[str, dict[float, Arm]] = {}
     for arm in arms:
         first = arm.records[0]
-        fixed = {k: v for k, v in first.recipe.items() if k != "num_epochs" and not k.startswith("optim.schedule")}
-        lengths = alike.setdefault(repr((first.framework, sorted(fixed.items()))), {})
+        values = sorted(flatten(first.recipe).items())
+        fixed = [(k, v) for k, v in values if k != "num_epochs" and not k.startswith("optim.schedule")]
+        lengths = alike.setdefault(repr((first.framework, fixed)), {})
         epochs = num_epochs(first)
         if epochs in lengths:
             raise ValueError(

@@ -8,10 +8,10 @@ from typing import NamedTuple
 from fastcifar_jax.analysis import compare as comparison
 from fastcifar_jax.analysis import stats
 from fastcifar_jax.analysis.compare import METRICS, Arm, CompareOptions, group_arms, values_of
-from fastcifar_jax.recipe import Published, Recipe, flatten
+from fastcifar_jax.recipe import Published, Recipe, flatten, to_dict
 from fastcifar_jax.report.text import clean, data_text, device_text, percent, published_percent, seconds
-from fastcifar_jax.runs import records
 from fastcifar_jax.runs.experiments import Experiment
+from fastcifar_jax.runs.files import dumps
 from fastcifar_jax.runs.provenance import data_key
 from fastcifar_jax.runs.records import STATUSES, Record
 
@@ -56,11 +56,11 @@ def changes(record: Record, recipe: Recipe) -> list[str]:
 
     A dtype that the recipe leaves to the device is not a difference.
     """
-    declared = json.loads(records.dumps(flatten(recipe)))
+    declared, run = flatten(json.loads(dumps(to_dict(recipe, repr)))), flatten(record.recipe)
     if declared["compute_dtype"] == "auto":
-        declared["compute_dtype"] = record.recipe.get("compute_dtype")
-    names = [name for name in {**declared, **record.recipe} if declared.get(name) != record.recipe.get(name)]
-    found = [f"{name} {record.recipe.get(name)} instead of {declared.get(name)}" for name in names[:MAX_CHANGES]]
+        declared["compute_dtype"] = run.get("compute_dtype")
+    names = [name for name in {**declared, **run} if declared.get(name) != run.get(name)]
+    found = [f"{name} {run.get(name)} instead of {declared.get(name)}" for name in names[:MAX_CHANGES]]
     if len(names) > MAX_CHANGES:
         found.append(f"{len(names) - MAX_CHANGES} more values")
     data = record.provenance.data

@@ -1,27 +1,19 @@
-"""Files written whole or not at all, and JSON files from anywhere, checked against type hints."""
+"""Files written whole or not at all, and JSON files from anywhere."""
 
 import contextlib
-import functools
 import json
 import math
 import os
 import re
 import stat
-import sys
 import time
-import types
-import typing
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 MAX_BYTES = 16 << 20  # of a JSON file; an epoch of a record takes about 330
 MAX_DEPTH = 50  # of nested lists and objects
 STALE_SECONDS = 3600  # age at which a temporary file counts as left behind by a killed process
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # control characters, lone surrogates
-_EXPECTED = {
-    float: "a number or null", int: "a whole number below 2**63", str: "a string", bool: "true or false",
-    tuple: "a list", dict: "an object",
-}  # fmt: skip
 
 
 class RecordError(ValueError):
@@ -99,60 +91,6 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{name} is not JSON")
 
     return _printable(json.loads(path.read_bytes().decode(), parse_constant=refuse))
-
-
-def parse(hint: Any, value: Any, name: str = "") -> Any:
-    """A value from a JSON file as an instance of the type `hint`.
-
-    Dataclasses, NamedTuples and TypedDicts are made from objects, whose unknown keys are ignored. A null where a float
-    is expected is NaN. For `Annotated[type, schema]` the value must fit `schema`. `name` is the place of the value in
-    error messages.
-
-    Raises:
-      ValueError: the value does not have the type.
-
-    Example:
-      >>> parse(dict[str, tuple[float, ...]], {"loss": [1.5, "2"]})
-      Traceback (most recent call last):
-      ValueError: loss[1] is '2'; expected a number or null
-    """
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Annotated:
-        return parse(arguments[1], value, name)
-    child = lambda key: f"{name}.{key:.40}".lstrip(".")
-    if hint is Any or (value is None and types.NoneType in arguments):
-        return value
-    if origin in (typing.Union, types.UnionType):
-        *others, last = (kind for kind in arguments if kind is not types.NoneType)
-        for kind in others:
-            with contextlib.suppress(ValueError):
-                return parse(kind, value, name)
-        return parse(last, value, name)
-    if origin is tuple and isinstance(value, list):
-        return tuple(parse(arguments[0], item, f"{name}[{i}]") for i, item in enumerate(value))
-    if origin is dict and isinstance(value, dict):
-        return {key: parse(arguments[1], item, child(key)) for key, item in value.items()}
-    if (fields := _fields(hint)) and isinstance(value, dict):
-        if missing := sorted(fields.keys() - value.keys()):
-            raise ValueError(f"{name or 'it'} lacks {', '.join(missing)}")
-        return hint(**{field: parse(kind, value[field], child(field)) for field, kind in fields.items()})
-    if hint is float and value is None:
-        return math.nan
-    # Neither 1e999, which is read as infinity, nor a whole number that no float can hold.
-    if hint is float and type(value) in (int, float) and abs(value) <= sys.float_info.max:
-        return float(value)
-    if type(value) is hint and (hint in (str, bool) or (hint is int and abs(value) < 2**63)):
-        return value
-    if origin is Literal and value in arguments:
-        return value
-    expected = f"one of {', '.join(arguments)}" if origin is Literal else _EXPECTED.get(origin or hint, "an object")
-    raise ValueError(f"{name or 'it'} is {value!r:.80}; expected {expected}")
-
-
-@functools.cache
-def _fields(hint):
-    """The fields of a dataclass, NamedTuple or TypedDict with their types; {} for other hints."""
-    return typing.get_type_hints(hint, include_extras=True) if isinstance(hint, type) else {}
 
 
 def _jsonable(value):

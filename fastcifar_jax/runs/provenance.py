@@ -15,7 +15,7 @@ import jax
 from fastcifar_jax import __version__
 from fastcifar_jax.data.load import DataInfo
 from fastcifar_jax.ops import backend
-from fastcifar_jax.runs.files import parse
+from fastcifar_jax.serialization import from_plain
 
 _JAX_OPTIONS = (
     "jax_enable_x64", "jax_default_prng_impl", "jax_threefry_partitionable", "jax_default_matmul_precision",
@@ -85,7 +85,7 @@ class Provenance:
         Raises:
           ValueError: `value` lacks a field or has one of another type; the message names it.
         """
-        return parse(cls, value, "provenance")
+        return from_plain(value, cls, "provenance")
 
 
 def collect(

@@ -9,8 +9,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypedDict
 
-from fastcifar_jax.runs.files import RecordError, dumps, parse, read_json, remove_stale, write_whole
+from fastcifar_jax.runs.files import RecordError, dumps, read_json, remove_stale, write_whole
 from fastcifar_jax.runs.provenance import Provenance
+from fastcifar_jax.serialization import from_plain
 from fastcifar_jax.types import EpochInfo
 
 Status = Literal["finished", "diverged", "crashed"]
@@ -43,7 +44,7 @@ class Record:
     Attributes:
       experiment: name of the recipe.
       framework: what trained it.
-      recipe: dotted names and their values, as in `recipe.flatten`.
+      recipe: `recipe.to_dict`, where the repr stands for a value that JSON cannot hold.
       recipe_repr: the recipe as a Python expression.
       recipe_hash: identifies everything in the recipe but its name and published figures.
       seed: of the run's key.
@@ -138,7 +139,7 @@ def read(path: Path) -> Record:
       RecordError: the file cannot be read or is not a record.
     """
     try:
-        record = parse(Record, read_json(path))
+        record = from_plain(read_json(path), Record, "record")
         if (record.status == "finished") != (record.result is not None):
             raise ValueError(f"status is {record.status} and result is {record.result!r:.80}")
         return record

@@ -1,15 +1,35 @@
-"""How far the numbers of a rerun are from those on record."""
+"""The recipe of a record, and how far the numbers of a rerun are from those on record."""
 
 import math
 from collections.abc import Iterator
 from typing import Any
 
+from fastcifar_jax.recipe import Recipe, from_dict
 from fastcifar_jax.runs.records import Record
+from fastcifar_jax.serialization import own_parts
 
 TOLERANCE = 0.1  # percentage points of an accuracy, and per cent of a loss
 BITWISE, WITHIN, DIFFERENT = "bitwise equal", "equal within tolerance", "different"
 ACCURACIES = ("train_accuracy", "test_accuracy", "tta_accuracy")
 LOSSES = ("train_loss", "test_loss", "tta_loss")
+
+
+def recipe_of(record: Record, declared: Recipe) -> Recipe:
+    """The recipe of a record; classes outside this package are taken from the declared recipe.
+
+    Raises:
+      ValueError: the record holds a value or a class that no recipe can be built from, or another recipe was recorded.
+    """
+    try:
+        recipe = from_dict(record.recipe, own_parts(declared))
+        if recipe.hash != record.recipe_hash:
+            raise ValueError(f"its hash is {recipe.hash}, on record {record.recipe_hash}")
+    except ValueError as error:
+        raise ValueError(
+            f"the recipe in the record cannot be used: {error}; check out the code that the record was made with, or "
+            "name the right recipe with --experiment"
+        ) from error
+    return recipe
 
 
 def compare_rerun(existing: Record, rerun: Record, tolerance: float = TOLERANCE) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from fastcifar_jax.data import load
 from fastcifar_jax.data.load import DataInfo
 from fastcifar_jax.functions import eval_variables, make_functions, shapes_of
 from fastcifar_jax.hparams import program_key
-from fastcifar_jax.recipe import Recipe, flatten
+from fastcifar_jax.recipe import Recipe, to_dict
 from fastcifar_jax.runs import checkpoint, provenance, records
 from fastcifar_jax.runs import saved_model as saved
 from fastcifar_jax.runs.checkpoint import CheckpointError
@@ -260,7 +260,7 @@ def new_record(spec: RunSpec, seed: int, command: tuple[str, ...], mesh: str = "
     return Record(
         experiment=recipe.name,
         framework=spec.framework,
-        recipe=flatten(recipe),
+        recipe=to_dict(recipe, repr),
         recipe_repr=repr(recipe),
         recipe_hash=recipe.hash,
         seed=seed,

@@ -27,7 +27,7 @@ from fastcifar_jax.evaluate import CHUNK, in_chunks
 from fastcifar_jax.models.base import PRECISIONS, Variables
 from fastcifar_jax.recipe import Recipe, from_dict, to_dict
 from fastcifar_jax.runs import files
-from fastcifar_jax.serialization import UnknownPartError, from_plain, part_classes
+from fastcifar_jax.serialization import Parts, UnknownPartError, from_plain, own_parts
 from fastcifar_jax.types import Dataset, Logits, Pixels, flatten_by_path
 
 FORMAT = 2
@@ -237,9 +237,8 @@ def _from_json(text: str, recipe: Recipe | None) -> SavedModel:
         raise SavedModelError(f"its description is {values!r:.60}; this version reads format {FORMAT}")
     if values.keys() != {"format", "recipe", "seed", *FACTS}:
         raise SavedModelError(f"it describes {', '.join(values):.300}; expected recipe, seed, {', '.join(FACTS)}")
-    facts = {name: from_plain(values[name], HINTS[name], name, {}) for name in FACTS}
-    own = [cls for cls in part_classes(recipe) if not cls.__module__.startswith("fastcifar_jax.")]
-    return SavedModel(recipe=from_dict(values["recipe"], own), seed=values["seed"], **facts, variables={})
+    facts = {name: from_plain(values[name], HINTS[name], name, Parts({})) for name in FACTS}
+    return SavedModel(recipe=from_dict(values["recipe"], own_parts(recipe)), seed=values["seed"], **facts, variables={})
 
 
 def _expected(model: SavedModel) -> Variables:

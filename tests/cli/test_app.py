@@ -12,7 +12,7 @@ from experiments import bag_of_tricks
 from fastcifar_jax.cli import app as cli
 from fastcifar_jax.cli.options import parse_seeds
 from fastcifar_jax.ops import backend
-from fastcifar_jax.recipe import change
+from fastcifar_jax.recipe import change, flatten
 from fastcifar_jax.runs import experiments as discover
 from fastcifar_jax.runs import records
 from fastcifar_jax.train import Diverged
@@ -45,7 +45,7 @@ def test_run_of_a_file(workplace, call):
     data = first.provenance.data
     assert data == {"source": "tiny.npz", "hash": data["hash"], "train": 130, "test": 20}
     assert first.provenance.conv == backend.conv_backend()[0]
-    assert first.recipe["model.width"] == 3 and "Linear(width=3)" in first.recipe_repr
+    assert first.recipe["model"] == {"type": "Linear", "width": 3} and "Linear(width=3)" in first.recipe_repr
     for record in (first, second):
         assert [epoch.epoch for epoch in record.epochs] == [1, 2]
         parts = sum(epoch.train_seconds for epoch in record.epochs)
@@ -71,7 +71,7 @@ def test_fork_builds_on_an_experiment(workplace, call):
     )
     status, out, err = call("run", "narrow.py", "--width", "4", "--data", "tiny.npz", "--limit-train", "64")
     assert (status, err) == (0, "")
-    assert written()[0].recipe["model.channels"] == [4, 8, 16, 32]
+    assert written()[0].recipe["model"]["channels"] == [4, 8, 16, 32]
     assert written()[0].experiment == "narrow" and written()[0].provenance.data["train"] == 64
 
 
@@ -221,7 +221,7 @@ def test_log_is_of_the_published_kind_of_accuracy(workplace, call, loaded, train
 def test_options_change_the_recipe(workplace, call, loaded, trained):
     options = "--epochs 4 --width 5 --dtype bfloat16 --set batch_size=32 --set optim.peak_lr=1 --seeds 3-3 --out o"
     assert call("run", "trick.py", *options.split())[0] == 0
-    recipe = written("o")[3].recipe
+    recipe = flatten(written("o")[3].recipe)
     names = ("num_epochs", "model.width", "compute_dtype", "batch_size", "optim.peak_lr")
     assert [recipe[name] for name in names] == [4, 5, "bfloat16", 32, 1.0]
 

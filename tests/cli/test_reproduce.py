@@ -93,14 +93,18 @@ def test_data_elsewhere_and_other_data(made, call):
         ({"status": "crashed", "result": None, "error": "the cat"}, (), "crashed (the cat), so there are no results"),
         ({"seed": -1}, (), "has the seed -1"),
         ({"seed": 2**32}, (), "has the seed 4294967296"),
-        ({"framework": "abacus"}, (), "framework is 'abacus'; expected one of jax, torch"),
-        ({}, ("--experiment", "final"), "with the values in the record has the hash"),
+        ({"framework": "abacus"}, (), "framework: expected one of jax, torch, got 'abacus'"),
+        (
+            {},
+            ("--experiment", "final"),
+            "recipe.model: expected a dict whose type is one of ResNet9, AirNet, got",
+        ),
         ({}, (*BY_FILE, "--tolerance", "-1"), "Invalid value for '--tolerance'"),
-        ({"recipe_hash": "0" * 16}, BY_FILE, "all values are the same, but the parts print differently"),
+        ({"recipe_hash": "0" * 16}, BY_FILE, "on record 0000000000000000; check out the code"),
         ({"data": {"source": "tiny.npz", "hash": "", "train": 1000, "test": 2}}, BY_FILE, "limit_train is 1000; tiny"),
         ({"experiment": "*"}, (), "0 recipes here are called '*'; its command names trick.py; give the record's"),
         ({"framework": "torch"}, BY_FILE, "torch"),  # it is not there, or does not know the network
-        ({"epochs": None}, (), "epochs is None; expected a list"),
+        ({"epochs": None}, (), "epochs: expected tuple[EpochInfo, ...], got None"),
     ],
 )
 def test_refused(made, call, changes, arguments, fault):

@@ -7,7 +7,7 @@ import pytest
 
 from experiments.bag_of_tricks import baseline, celu, final
 from fastcifar_jax.analysis import stats
-from fastcifar_jax.recipe import Published, flatten
+from fastcifar_jax.recipe import Published, to_dict
 from fastcifar_jax.report import tables
 from fastcifar_jax.report.tables import arms_of
 from fastcifar_jax.runs import records
@@ -57,7 +57,7 @@ def test_recipes_without_runs_are_listed_on_demand():
 def test_only_the_published_recipe_on_the_published_data_is_comparable(changed, data, told):
     new = record()
     new = with_changes(new, data=data, recipe=json.loads(
-        records.dumps(flatten(dataclasses.replace(final, **{"compute_dtype": "float32"} | changed)))
+        records.dumps(to_dict(dataclasses.replace(final, **{"compute_dtype": "float32"} | changed)))
     ))  # fmt: skip
     note = cells(tables.ladder(arms_of([new]), EXPERIMENTS)[0], "final")["note"]
     assert note.startswith("Not comparable: " if told else "Comparable") and told in note

@@ -122,7 +122,7 @@ def test_a_sweep_is_an_arm_for_each_value(workplace, call):
     assert (status, err) == (0, "") and "4 of 4 seeds: 4 finished" in out
     assert "trick optim.peak_lr=0.2 optim.momentum=0.5: n = 2" in out
     found = list(records.find(Path("runs")).values())
-    assert {record.recipe["optim.peak_lr"] for record in found} == {0.1, 0.2}
+    assert {record.recipe["optim"]["peak_lr"] for record in found} == {0.1, 0.2}
     assert sorted(record.result["compile_seconds"] > 0 for record in found) == [False, False, False, True]
     status, out, err = call("compare", "trick.py", *sweep)
     assert (status, err) == (
