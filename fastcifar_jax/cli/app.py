@@ -92,7 +92,7 @@ def list_command(context: CliContext, everything: bool) -> None:
     console = view.make_console()
     shown = [experiment for experiment in found if everything or experiment.listed]
     for title in dict.fromkeys(experiment.title for experiment in shown):
-        console.print(title, style="bold", soft_wrap=True)
+        console.print(title, style="bold")
         console.print(view.ladder([experiment.recipe for experiment in shown if experiment.title == title]))
     console.print("published: mean test accuracy of that many runs, TTA with test-time augmentation; time: of training")
     if len(shown) < len(found):
@@ -108,7 +108,7 @@ def show(context: CliContext, name: str) -> None:
     with usage_errors():
         for experiment in experiments.resolve((name,), context.folder):
             for part in view.details(experiment.recipe, experiment.predecessor):
-                console.print(part, soft_wrap=isinstance(part, str))
+                console.print(part)
 
 
 @commands.command()
@@ -128,7 +128,7 @@ def doctor() -> None:
         "data": os.environ.get("FASTCIFAR_DATA") or "cifar10 (FASTCIFAR_DATA is not set)",
     }
     for label, text in lines.items():
-        console.print(f"{label:>12}: {text}", soft_wrap=True)
+        console.print(f"{label:>12}: {text}")
 
 
 for command in (run, compare, match_epochs, plot, predict, evaluate, report_command, reproduce_command):

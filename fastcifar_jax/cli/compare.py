@@ -27,9 +27,10 @@ from fastcifar_jax.cli.options import (
     seeds_option,
     usage_errors,
     variants,
+    write_json,
 )
 from fastcifar_jax.recipe import change
-from fastcifar_jax.runs import experiments, files
+from fastcifar_jax.runs import experiments
 from fastcifar_jax.runs.records import Record
 from fastcifar_jax.runs.runner import make_folders, record_of, run_all
 
@@ -110,7 +111,7 @@ def match_epochs(context: CliContext, base: str, other: str, seeds: range, optio
             try:
                 recipe = dataclasses.replace(spec.recipe, num_epochs=min(most, spec.recipe.num_epochs))  # 9.9, then 9
             except ValueError as error:
-                console.print(f"no run of {most} epochs: {error}", soft_wrap=True)
+                console.print(f"no run of {most} epochs: {error}")
                 return
             label = f"{name}, {recipe.num_epochs} epochs"
             yield from run({label: spec._replace(arm=label, recipe=recipe, matches_published=False)}, seeds)
@@ -119,7 +120,7 @@ def match_epochs(context: CliContext, base: str, other: str, seeds: range, optio
         [base_arm] = run({base_name: base_spec}, seeds)
         for answer in match(base_arm, shorter(), CompareOptions(metric=asked["metric"])):
             last = answer["differences"][-1]
-            console.print(f"{last['of']} against {base_name}: {_size(last, answer)}", soft_wrap=True)
+            console.print(f"{last['of']} against {base_name}: {_size(last, answer)}")
     equal = equal_epochs(answer)
     parts = (*render_comparison(answer), equal_text(answer, equal, name))
     _finish({**answer, "equal": equal and equal._asdict()}, parts, asked["json_path"], console)
@@ -143,7 +144,7 @@ def _answer(arms: Sequence[Arm], options: CompareOptions, mixed: bool, console: 
     except ValueError as error:
         if not mixed:
             raise
-        console.print(f"warning: {error}", soft_wrap=True)
+        console.print(f"warning: {error}")
     return comparison.compare(arms, options)
 
 
@@ -157,7 +158,7 @@ def _compare_until(half_width, max_seeds, run, answer_of, options, console) -> A
         count, level = seeds.stop, stats.confidence_at_look(look, options.confidence)
         answer = answer_of([Arm(*item) for item in found.items()], options._replace(confidence=level))
         widest = max((d["high"] - d["low"]) / 2 for d in answer["differences"])
-        console.print(f"look {look}, {count} seeds per arm: +- {widest:.2f} at {100 * level:.2f} %", soft_wrap=True)
+        console.print(f"look {look}, {count} seeds per arm: +- {widest:.2f} at {100 * level:.2f} %")
         if widest <= half_width or count == max_seeds:
             break
     if widest > half_width:
@@ -190,9 +191,8 @@ def _load_arms(context: CliContext, names: Sequence[str], options: RunOptions) -
 
 def _finish(found: Answer, parts: Iterable[str | Table], json_path: Path | None, console: Console) -> None:
     for part in parts:
-        console.print(part, soft_wrap=isinstance(part, str))
-    if json_path:
-        files.write_text(json_path, files.dumps(found))
+        console.print(part)
+    write_json(json_path, found)
 
 
 def render_comparison(answer: Answer) -> Iterator[str | Table]:
@@ -200,7 +200,7 @@ def render_comparison(answer: Answer) -> Iterator[str | Table]:
     level, unit = _level(answer), _unit(answer).strip()
     yield f"{answer['metric'].replace('_', ' ')}: mean and {level} interval (t) of each arm"
     share = () if answer["threshold"] is None else (f">= {answer['threshold']:g}",)
-    table = _table(("arm",), ("epochs", "n", "unfinished", "mean", "sd", "interval", "s per run", *share))
+    table = view.make_table(("arm",), ("epochs", "n", "unfinished", "mean", "sd", "interval", "s per run", *share))
     for arm in answer["arms"]:
         table.add_row(
             arm["name"], str(arm["num_epochs"]), str(arm["n"]), str(arm["diverged"] + arm["crashed"]),
@@ -212,7 +212,7 @@ def render_comparison(answer: Answer) -> Iterator[str | Table]:
 
     holm = ("p (Holm)",) if len(answer["differences"]) > 1 else ()
     columns = (f"difference ({unit})", f"{level} interval (Welch)", "p", *holm, "g", "r of pairs", "paired interval")
-    table = _table(("of", "against"), (*columns, "runs per arm to show it"))
+    table = view.make_table(("of", "against"), (*columns, "runs per arm to show it"))
     for d in answer["differences"]:
         pairs = d["paired"]
         # Empty where there is none: too few pairs, or an arm of equal runs.
@@ -265,10 +265,6 @@ def verdict_text(d: dict[str, Any], answer: Answer) -> str:
     if d["runs_for_min_effect"]:
         text += f"; to show {answer['min_effect']:g}{unit} would take {runs_text(d['runs_for_min_effect'])}"
     return text
-
-
-def _table(left: Sequence[str], right: Sequence[str]) -> Table:
-    return view.make_table(*left, *((name, "right") for name in right))
 
 
 def _size(d: dict[str, Any], answer: Answer) -> str:

@@ -4,13 +4,14 @@ import contextlib
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from rich import box
-from rich.console import Console, JustifyMethod
+from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
@@ -19,7 +20,7 @@ from fastcifar_jax.functions import steps_of_epochs
 from fastcifar_jax.recipe import Published, Recipe, difference, flatten
 from fastcifar_jax.report.text import device_text, percent, published_percent
 from fastcifar_jax.runs.records import Record
-from fastcifar_jax.runs.runner import Event, Existing, LoadedData, RunSpec
+from fastcifar_jax.runs.runner import Event, Existing, LoadedData, RunSpec, record_of
 from fastcifar_jax.types import EpochInfo
 
 LINE_SECONDS = 30  # between two lines of progress where there is no terminal
@@ -32,12 +33,12 @@ EPOCH_HEADER = f"{'epoch':>5}" + "".join(
 def make_console() -> Console:
     """Standard output; where it is not a terminal, plain text wide enough for every table."""
     width = None if sys.stdout.isatty() else 160
-    return Console(markup=False, emoji=False, highlight=False, width=width)
+    return Console(markup=False, emoji=False, highlight=False, width=width, soft_wrap=True)
 
 
 def ladder(recipes: Sequence[Recipe]) -> Table:
     """The recipes of one module and what their source reports for them."""
-    table = make_table("name", ("epochs", "right"), ("published", "right"), ("runs", "right"), ("time", "right"))
+    table = make_table(("name",), ("epochs", "published", "runs", "time"))
     for recipe in recipes:
         published = recipe.published
         accuracy = (
@@ -51,13 +52,13 @@ def ladder(recipes: Sequence[Recipe]) -> Table:
 def details(recipe: Recipe, predecessor: Recipe | None) -> Iterator[str | Table]:
     """The whole recipe, its difference from its predecessor, and the size of its network for 10 classes."""
     yield f"{recipe.name}, hash {recipe.hash}"
-    values = make_table("name", "value")
+    values = make_table(("name", "value"))
     for name, value in flatten(recipe).items():
         values.add_row(name, str(value))
     yield values
     if predecessor is not None:
         yield f"difference from its predecessor {predecessor.name}"
-        changes = make_table("name", predecessor.name, recipe.name)
+        changes = make_table(("name", predecessor.name, recipe.name))
         for name, (value, old) in difference(recipe, predecessor).items():
             changes.add_row(name, str(old), str(value))
         yield changes if changes.rows else "  none in training"
@@ -123,12 +124,6 @@ def seed_line(arm: str, record: Record) -> str:
     )
 
 
-def existing_line(arm: str, existing: Existing) -> str:
-    """The summary of a run that is on record already."""
-    differs = f", with different {', '.join(existing.differs)}" if existing.differs else ""
-    return f"{seed_line(arm, existing.record)} (on record{differs}; --rerun repeats it)"
-
-
 def seeds_line(arm: str, records: Sequence[Record]) -> str:
     """Mean and sample standard deviation over the finished runs of one arm, at least two."""
     texts = []
@@ -147,13 +142,13 @@ def arm_lines(spec: RunSpec, records: Sequence[Record]) -> Iterator[str]:
         yield published_line(spec.recipe)
 
 
-def counts_line(ended: Sequence[Existing | Record], requested: int) -> str:
-    """How the seeds of one command ended, and how many were requested."""
-    statuses = [end.record.status if isinstance(end, Existing) else end.status for end in ended]
+def counts_line(ended: Sequence[Event], requested: int) -> str:
+    """How the runs of one command ended, and how many were requested."""
+    counts = Counter(record.status for event in ended if (record := record_of(event)))
     return (
-        f"{len(ended)} of {requested} seeds: {statuses.count('finished')} finished, "
-        f"{statuses.count('diverged')} diverged, {statuses.count('crashed')} crashed; "
-        f"{sum(isinstance(end, Existing) for end in ended)} skipped because on record"
+        f"{len(ended)} of {requested} seeds: {counts['finished']} finished, {counts['diverged']} diverged, "
+        f"{counts['crashed']} crashed; {sum(isinstance(event.news, Existing) for event in ended)} skipped because on "
+        "record"
     )
 
 
@@ -216,7 +211,11 @@ class RunView:
             self._compiled = False
             for task in self._progress.task_ids:
                 self._progress.remove_task(task)
-            self._print(seed_line(spec.arm, news) if isinstance(news, Record) else existing_line(spec.arm, news))
+            line = seed_line(spec.arm, record_of(event))
+            if isinstance(news, Existing):
+                differs = f", with different {', '.join(news.differs)}" if news.differs else ""
+                line += f" (on record{differs}; --rerun repeats it)"
+            self._print(line)
 
     def _bar(self, label, rest="", **update):
         if not self._progress.task_ids:
@@ -241,10 +240,11 @@ def epoch_row(info: EpochInfo, images_per_second: float) -> str:
     return f"{info.epoch:>5}{info.train_seconds:>10.2f}{info.train_loss:>10.4f}{accuracies}{images_per_second:>10,.0f}"
 
 
-def make_table(*columns: str | tuple[str, JustifyMethod]) -> Table:
-    """An empty table; a column is a name, or a name and its justification."""
+def make_table(left: Sequence[str], right: Sequence[str] = ()) -> Table:
+    """An empty table with columns aligned on the left, then columns of numbers."""
     table = Table(box=box.SIMPLE_HEAD)
-    for column in columns:
-        name, justify = (column, cast(JustifyMethod, "left")) if isinstance(column, str) else column
-        table.add_column(name, justify=justify, overflow="fold")
+    for name in left:
+        table.add_column(name, overflow="fold")
+    for name in right:
+        table.add_column(name, justify="right", overflow="fold")
     return table

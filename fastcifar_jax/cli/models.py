@@ -8,13 +8,13 @@ import numpy as np
 from sklearn.metrics import confusion_matrix
 
 from fastcifar_jax.analysis.calibration import measure
-from fastcifar_jax.cli import console as report
-from fastcifar_jax.cli.options import CliContext, json_option, usage_errors
+from fastcifar_jax.cli import console as view
+from fastcifar_jax.cli.options import CliContext, json_option, usage_errors, write_json
 from fastcifar_jax.data.checks import DataError, as_data_error, read_bounded
 from fastcifar_jax.data.image_folder import decode_image
 from fastcifar_jax.data.load import hash_of, load_data
 from fastcifar_jax.ops import backend
-from fastcifar_jax.runs import experiments, files
+from fastcifar_jax.runs import experiments
 from fastcifar_jax.runs.saved_model import SavedModel, load_model
 
 MAX_FILE = 32 << 20  # bytes of an image file
@@ -47,13 +47,13 @@ def predict(
     with usage_errors():
         pixels = np.stack([read_image(image, model.image_shape, resize) for image in images])
         probabilities = model.predict(pixels)
-    table = report.make_table("image", *(f"class {i}" for i in range(1, 1 + min(TOP, len(model.classes)))))
+    table = view.make_table(("image", *(f"class {i}" for i in range(1, 1 + min(TOP, len(model.classes))))))
     for image, row in zip(images, probabilities, strict=True):
         top = np.argsort(-row, kind="stable")[:TOP]
-        table.add_row(str(image), *(f"{model.classes[i]} {report.percent(row[i])}" for i in top))
-    report.make_console().print(table)
+        table.add_row(str(image), *(f"{model.classes[i]} {view.percent(row[i])}" for i in top))
+    view.make_console().print(table)
     answer = {"images": list(map(str, images)), "probabilities": probabilities.tolist()}
-    _write_json(json_path, path, model, {"classes": model.classes, **answer})
+    write_json(json_path, _about(path, model) | {"classes": model.classes} | answer)
 
 
 @click.command()
@@ -77,7 +77,7 @@ def evaluate(
     the confusion table.
     """
     model = _load(invocation, path, recipe_name)
-    console = report.make_console()
+    console = view.make_console()
     with usage_errors():
         dataset, info = load_data(source)
         pixels, labels = (np.asarray(array)[:limit_test] for array in dataset[2:])
@@ -91,21 +91,21 @@ def evaluate(
     on_record = hash_of(pixels, labels) == model.test_hash
     confusion = confusion_matrix(labels, views.argmax(-1), labels=range(len(model.classes)))
 
-    recorded = f"test {report.percent(model.test_accuracy)}, TTA {report.percent(model.tta_accuracy)}"
+    recorded = f"test {view.percent(model.test_accuracy)}, TTA {view.percent(model.tta_accuracy)}"
     same = f"{'the same' if on_record else 'other'} test images"
     run = f"{model.recipe.name}, seed {model.seed}"
-    console.print(f"{run}; on record: {recorded} ({model.data_source}; {same})", soft_wrap=True)
+    console.print(f"{run}; on record: {recorded} ({model.data_source}; {same})")
     if info.classes != model.classes:
-        console.print(f"warning: {source} names its classes differently than the model does", soft_wrap=True)
-    table = report.make_table(f"{len(labels):,} images", *((name, "right") for name in measured["plain"]))
+        console.print(f"warning: {source} names its classes differently than the model does")
+    table = view.make_table((f"{len(labels):,} images",), tuple(measured["plain"]))
     for name, values in measured.items():
         accuracy, *others = values.values()
-        table.add_row({"tta": "with TTA"}.get(name, name), report.percent(accuracy), *(f"{x:.4f}" for x in others))
+        table.add_row({"tta": "with TTA"}.get(name, name), view.percent(accuracy), *(f"{x:.4f}" for x in others))
     console.print(table)
     _show_confusion(confusion, model.classes, console)
     counts = {"source": source, "data_hash": info.hash, "test_images": len(labels), "test_images_on_record": on_record}
     confusions = {"classes": model.classes, "confusion": confusion.tolist()}
-    _write_json(json_path, path, model, {**counts, **measured, **confusions})
+    write_json(json_path, _about(path, model) | counts | measured | confusions)
 
 
 def read_image(path: Path, shape: tuple[int, int, int], resize: bool) -> np.ndarray:
@@ -136,22 +136,21 @@ def _load(invocation: CliContext, path: Path, recipe_name: str | None) -> SavedM
         return load_model(path, found[0].recipe if found else None)
 
 
-def _write_json(json_path: Path | None, path: Path, model: SavedModel, answer: dict[str, Any]) -> None:
-    if json_path:
-        recorded = {"test_accuracy": model.test_accuracy, "tta_accuracy": model.tta_accuracy}
-        run = {"experiment": model.recipe.name, "seed": model.seed, "recipe_hash": model.recipe.hash}
-        files.write_text(json_path, files.dumps({"model": str(path), **run, "recorded": recorded, **answer}))
+def _about(path: Path, model: SavedModel) -> dict[str, Any]:
+    recorded = {"test_accuracy": model.test_accuracy, "tta_accuracy": model.tta_accuracy}
+    run = {"experiment": model.recipe.name, "seed": model.seed, "recipe_hash": model.recipe.hash}
+    return {"model": str(path), **run, "recorded": recorded}
 
 
 def _show_confusion(confusion, classes, console) -> None:
     if len(classes) <= MAX_SHOWN:
         console.print("rows: true classes; columns: predicted, with TTA")
-        table = report.make_table("", *((name, "right") for name in classes))
+        table = view.make_table(("",), classes)
         for name, row in zip(classes, confusion, strict=True):
             table.add_row(name, *map(str, row))
     else:
         console.print(f"the {MAX_SHOWN} most frequent confusions, with TTA (all: --json)")
-        table = report.make_table("true", "predicted", ("images", "right"))
+        table = view.make_table(("true", "predicted"), ("images",))
         wrong = confusion * (1 - np.eye(len(classes), dtype=int))
         for i in np.argsort(-wrong, axis=None, kind="stable")[:MAX_SHOWN]:
             true, predicted = divmod(int(i), len(classes))

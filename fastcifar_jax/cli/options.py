@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import click
 from rich.console import Console
@@ -20,14 +20,14 @@ from fastcifar_jax.functions import check_trainable
 from fastcifar_jax.models.base import PRECISIONS
 from fastcifar_jax.ops import backend
 from fastcifar_jax.recipe import change, resolve_dtype
-from fastcifar_jax.runs import experiments, provenance, runner
+from fastcifar_jax.runs import experiments, files, provenance, runner
 from fastcifar_jax.runs.runner import LoadedData, RunSettings, RunSpec
 
 MAX_ARMS = 10_000  # of a sweep
 
 
 class CliContext(NamedTuple):
-    """What every command knows."""
+    """What every command is given."""
 
     folder: Path | None  # of the experiments
     arguments: tuple[str, ...]
@@ -66,6 +66,12 @@ set_option = click.option(
 json_option = click.option(
     "--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Also write the answer there."
 )
+
+
+def write_json(path: Path | None, answer: Any) -> None:
+    """Writes the answer of a command where its `json_option` says."""
+    if path:
+        files.write_text(path, files.dumps(answer))
 
 
 def run_options(command: Callable) -> Callable:
@@ -136,20 +142,13 @@ def parse_seeds(text: str) -> range:
 
 def seeds_option(default: str | None) -> Callable:
     """The option `--seeds`, a `range` or None."""
-
-    def convert(context, parameter, value):
-        try:
-            return None if value is None else parse_seeds(value)
-        except ValueError as error:
-            raise click.BadParameter(str(error), context, parameter) from error
-
-    text = "A count, or a range: 0-9."
-    return click.option("--seeds", default=default, show_default=default is not None, callback=convert, help=text)
+    show, text = default is not None, "A count, or a range: 0-9."
+    return click.option("--seeds", type=parse_seeds, default=default, show_default=show, metavar="SEEDS", help=text)
 
 
 @contextlib.contextmanager
 def usage_errors(name: str = "") -> Iterator[None]:
-    """A ValueError from building a recipe or reading data is the user's to mend: one line instead of a traceback."""
+    """Turns a ValueError, which a user can fix, into one line instead of a traceback."""
     try:
         yield
     except ValueError as error:
@@ -178,7 +177,7 @@ def make_specs(context: CliContext, names: Sequence[str], options: RunOptions, c
             raise ValueError("torch: arms have no checkpoints; leave out --checkpoint, or run them by themselves")
         found = [experiments.resolve((name,), context.folder) for _, name, _ in parsed]  # all, before data are loaded
         for (framework, _, _), declared in zip(parsed, found, strict=True):
-            twin = torch_twin() if framework == "torch" else None
+            twin = twin_of(framework)
             for experiment, variant in itertools.product(declared, variants(options.sweeps)):
                 arm = arm_name(framework, experiment.recipe.name, variant)
                 assignments = (*options.assignments, *variant)
@@ -186,29 +185,37 @@ def make_specs(context: CliContext, names: Sequence[str], options: RunOptions, c
                     recipe = change(experiment.recipe, assignments, options.epochs, options.width, options.dtype)
                 data = load_once(options.data or os.environ.get("FASTCIFAR_DATA") or experiment.data or "cifar10")
                 with usage_errors(arm):
-                    check_trainable(recipe, len(data.info.classes), data.dataset)
-                    if twin:
-                        twin.check_trainable(recipe)
-                whole = data.info.source == "cifar10" and options.limit_train is None
-                matches_published = whole and recipe == resolve_dtype(experiment.recipe)
-                specs.setdefault(arm, RunSpec(arm, recipe, experiment.path, matches_published, data, twin))
+                    whole = data.info.source == "cifar10" and options.limit_train is None
+                    matches_published = whole and recipe == resolve_dtype(experiment.recipe)
+                    spec = checked(RunSpec(arm, recipe, experiment.path, matches_published, data, twin))
+                specs.setdefault(arm, spec)
     return specs
 
 
 def load_data(source: str, limit_train: int | None, console: Console) -> LoadedData:
     """A data set on the device; says so on the console."""
-    console.print(f"loading {source}", soft_wrap=True)
+    console.print(f"loading {source}")
     data = runner.load_data(source, limit_train)
-    console.print(data_line(data, provenance.device()), soft_wrap=True)
+    console.print(data_line(data, provenance.device()))
     return data
 
 
-def torch_twin() -> ModuleType:
-    """The recipes in PyTorch.
+def checked(spec: RunSpec) -> RunSpec:
+    """The same, after `check_trainable` of its framework."""
+    check_trainable(spec.recipe, len(spec.data.info.classes), spec.data.dataset)
+    if spec.twin:
+        spec.twin.check_trainable(spec.recipe)
+    return spec
+
+
+def twin_of(framework: str) -> ModuleType | None:
+    """What trains recipes in PyTorch; None for JAX.
 
     Raises:
-      ValueError: it cannot be imported.
+      ValueError: PyTorch cannot be imported.
     """
+    if framework == "jax":
+        return None
     try:
         return importlib.import_module("fastcifar_jax.torch_baseline.train")
     except ImportError as error:

@@ -12,10 +12,9 @@ from rich.console import Console
 
 from fastcifar_jax.analysis.compare import arm_name
 from fastcifar_jax.cli import console as view
-from fastcifar_jax.cli.options import CliContext, json_option, load_data, torch_twin, usage_errors
-from fastcifar_jax.functions import check_trainable
+from fastcifar_jax.cli.options import CliContext, checked, json_option, load_data, twin_of, usage_errors, write_json
 from fastcifar_jax.ops import backend
-from fastcifar_jax.runs import experiments, files, records
+from fastcifar_jax.runs import experiments, records
 from fastcifar_jax.runs.experiments import Experiment
 from fastcifar_jax.runs.records import Record
 from fastcifar_jax.runs.reproduce import DIFFERENT, TOLERANCE, compare_rerun, recipe_of
@@ -27,13 +26,9 @@ from fastcifar_jax.runs.runner import RunSettings, RunSpec, run_all
 @click.option("--data", metavar="SOURCE", help="Where the data are now; the source in the record by default.")
 @click.option("--experiment", metavar="NAME", help="The recipe: a name that `list` shows, or the path of its file.")
 @click.option(
-    "--tolerance",
-    type=click.FloatRange(0),
-    default=TOLERANCE,
-    show_default=True,
-    metavar="POINTS",
+    "--tolerance", type=click.FloatRange(0), default=TOLERANCE, show_default=True, metavar="POINTS",
     help="Largest difference: in percentage points for accuracies, in per cent for losses.",
-)
+)  # fmt: skip
 @json_option
 @click.pass_obj
 def reproduce_command(
@@ -61,18 +56,11 @@ def reproduce_command(
         with usage_errors():
             spec = _run_spec(existing, experiment, data, context, console)
         rerun = _run(spec, existing.seed, context, console)
-    answer = {
-        "record": str(record),
-        "experiment": existing.experiment,
-        "framework": existing.framework,
-        "recipe_hash": existing.recipe_hash,
-        "seed": existing.seed,
-        **compare_rerun(existing, rerun, tolerance),
-    }
+    named = {name: getattr(existing, name) for name in ("experiment", "framework", "recipe_hash", "seed")}
+    answer = {"record": str(record), **named, **compare_rerun(existing, rerun, tolerance)}
     show_rerun(f"{spec.arm}, seed {existing.seed}", answer, console)
-    if json_path:
-        with usage_errors():
-            files.write_text(json_path, files.dumps(answer))
+    with usage_errors():
+        write_json(json_path, answer)
     return int(answer["verdict"] == DIFFERENT)
 
 
@@ -94,11 +82,8 @@ def check_reproducible(record: Record) -> None:
 def show_rerun(label: str, answer: dict[str, Any], console: Console) -> None:
     """Prints the answer of `compare_rerun` for the run called `label`."""
     count, largest, tolerance = answer["numbers"], answer["largest"], answer["tolerance"]
-    parts = []
-    for name in ("status", "epochs"):
-        old, new = answer[name]
-        if old != new:
-            parts.append(f"{old} {name} on record, {new} now".replace(" status", ""))
+    changed = [(name, *answer[name]) for name in ("status", "epochs") if answer[name][0] != answer[name][1]]
+    parts = [f"{old} {name} on record, {new} now".replace(" status", "") for name, old, new in changed]
     if answer["first_epoch"] is None:
         parts.append(f"{count} losses and accuracies of {min(answer['epochs'])} epochs are the same to the last bit")
     else:
@@ -107,11 +92,11 @@ def show_rerun(label: str, answer: dict[str, Any], console: Console) -> None:
             f"{largest['loss']:.4g} % ({largest['absolute_loss']:.4g}), from epoch {answer['first_epoch']} on; the "
             f"tolerance is {tolerance:g} pp and {tolerance:g} %"
         )
-    console.print(f"{label}: {answer['verdict']}: {'; '.join(parts)}", soft_wrap=True)
+    console.print(f"{label}: {answer['verdict']}: {'; '.join(parts)}")
     if not answer["provenance_diff"]:
         console.print("same provenance: versions, device, data, source code, convolution backend and settings")
         return
-    table = view.make_table("different provenance", "on record", "now")
+    table = view.make_table(("different provenance", "on record", "now"))
     for name, pair in answer["provenance_diff"].items():
         table.add_row(name, *("" if value is None else str(value) for value in pair))
     console.print(table)
@@ -137,14 +122,10 @@ def _run_spec(record: Record, name: str | None, source: str | None, context: Cli
     backend.configure_cpu()  # before anything asks JAX for a device
     experiment = _find_experiment(record, name, context.folder)
     recipe = recipe_of(record, experiment.recipe)
-    twin = torch_twin() if record.framework == "torch" else None
-    recorded = record.provenance.data
+    twin, recorded = twin_of(record.framework), record.provenance.data
     with usage_errors("" if source else "the data of the record (--data names others)"):
         data = load_data(source or recorded["source"], recorded["train"], console)
-    check_trainable(recipe, len(data.info.classes), data.dataset)
-    if twin:
-        twin.check_trainable(recipe)
-    return RunSpec(arm_name(record.framework, recipe.name), recipe, experiment.path, False, data, twin)
+    return checked(RunSpec(arm_name(record.framework, recipe.name), recipe, experiment.path, False, data, twin))
 
 
 def _run(spec: RunSpec, seed: int, context: CliContext, console: Console) -> Record:

@@ -10,28 +10,23 @@ from fastcifar_jax.ops import backend
 from fastcifar_jax.parallel import hosts
 from fastcifar_jax.parallel.mesh import make_mesh
 from fastcifar_jax.runs import logging, saved_model
-from fastcifar_jax.runs.records import Record
-from fastcifar_jax.runs.runner import Existing, existing_record, make_folders, record_of, run_all
+from fastcifar_jax.runs.runner import Event, existing_record, make_folders, record_of, run_all
 from fastcifar_jax.runs.together import MeshError, run_together
 from fastcifar_jax.types import EpochInfo
 
 
-def parse_mesh(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, int] | None:
+def parse_mesh(text: str) -> tuple[int, int]:
     """ "4" is (4, 1) and "4x2" is (4, 2)."""
-    if value is None:
-        return None
-    sizes = value.split("x")
+    sizes = text.split("x")
     if len(sizes) > 2 or not all(size.isdecimal() for size in sizes):
-        raise click.BadParameter(
-            f"{value!r} is not a mesh; give devices for seeds, as in 8, or 4x2", context, parameter
-        )
+        raise ValueError(f"{text!r} is not a mesh; give devices for seeds, as in 8, or 4x2")
     return int(sizes[0]), int(sizes[1]) if len(sizes) > 1 else 1
 
 
 @click.command()
 @click.argument("names", metavar="NAME...", nargs=-1, required=True)
 @seeds_option("1")
-@click.option("--mesh", callback=parse_mesh, metavar="SEEDS[xBATCH]", help="Devices: 8 for 8 seeds at a time; 4x2.")
+@click.option("--mesh", type=parse_mesh, metavar="SEEDS[xBATCH]", help="Devices: 8 for 8 seeds at a time; 4x2.")
 @click.option("--distributed", is_flag=True, help="This is one of several processes; see docs/scaling.md.")
 @click.option("--log", type=click.Choice(("tensorboard",)), help="Also write epochs to OUT/tensorboard as they end.")
 @run_options
@@ -73,8 +68,13 @@ def run(
                 existing_record(spec, settings, seed)  # a damaged record is found before anything is trained
         devices = make_mesh(*(mesh or (None, 1))) if together else None
         write_log = logging.tensorboard(options.out / "tensorboard") if log else None
+    return _train(specs, seeds, settings, devices, write_log, console)
+
+
+def _train(specs, seeds, settings, devices, write_log, console) -> int:
+    """Trains everything and shows it; the exit status."""
     shown, programs = view.RunView(console), {}
-    ended: list[Existing | Record] = []
+    ended: list[Event] = []
     interrupted = ""
     try:
         for spec in specs:
@@ -82,20 +82,18 @@ def run(
                 events = run_all([spec], seeds, settings, programs, shown.on_steps)
             else:
                 events = run_together(spec, seeds, settings, devices)
-            of_arm = []
-            for event in shown.show(events, seeds=together):
-                if isinstance(event.news, EpochInfo) and write_log is not None:
+            for event in shown.show(events, seeds=devices is not None):
+                if record_of(event):
+                    ended.append(event)
+                elif write_log and isinstance(event.news, EpochInfo):
                     write_log(f"{event.spec.arm}, seed {event.seed}", event.news)
-                elif isinstance(event.news, Existing | Record):
-                    of_arm.append(record_of(event))
-                    ended.append(event.news)
-            for line in view.arm_lines(spec, of_arm):
-                console.print(line, soft_wrap=True)
+            for line in view.arm_lines(spec, [record_of(event) for event in ended if event.spec is spec]):
+                console.print(line)
     except MeshError as error:
         raise click.UsageError(str(error)) from error
     except KeyboardInterrupt:
         interrupted = "interrupted: "
     finally:
         counts = view.counts_line(ended, len(specs) * len(seeds))
-        console.print(f"{interrupted}{counts}; records in {options.out}", soft_wrap=True)
-    return 130 if interrupted else int(any(getattr(end, "record", end).status == "diverged" for end in ended))
+        console.print(f"{interrupted}{counts}; records in {settings.out}")
+    return 130 if interrupted else int(any(record_of(event).status == "diverged" for event in ended))

@@ -5,7 +5,6 @@ provenance as metadata. Nothing in it is executed. Only the same run continues f
 provenance, except that the data may have moved.
 """
 
-import contextlib
 import hashlib
 import json
 import os
@@ -23,14 +22,11 @@ from fastcifar_jax.runs.provenance import Provenance
 from fastcifar_jax.runs.records import Record
 from fastcifar_jax.types import EpochInfo, Snapshot, TrainState, flatten_by_path
 
+SUFFIX = ".checkpoint"  # beside the record
+
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be written or used; the message names the file and the reason."""
-
-
-def path_of(record: Path) -> Path:
-    """Path of a run's checkpoint: beside its record."""
-    return record.with_suffix(".checkpoint")
 
 
 def save_checkpoint(path: Path, snapshot: Snapshot, record: Record) -> None:
@@ -84,12 +80,6 @@ def load_checkpoint(path: Path, record: Record, like: TrainState) -> Snapshot | 
         raise
     except (OSError, safetensors.SafetensorError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
-
-
-def remove_checkpoint(path: Path) -> None:
-    """Deletes a checkpoint if that is possible."""
-    with contextlib.suppress(OSError):
-        path.unlink()
 
 
 def _differences(run: dict[str, Any], record: Record) -> list[str]:

@@ -1,5 +1,6 @@
 """Runs that are put on record: iterators of what happens, for the caller to show."""
 
+import contextlib
 import dataclasses
 import datetime
 import os
@@ -158,11 +159,10 @@ def run_all(
 
 def _run_seed(spec, seed, settings, programs, on_steps):
     new = new_record(spec, seed, settings.command)
-    existing = existing_record(spec, settings, seed)
-    if existing is not None:
+    if existing := existing_record(spec, settings, seed):
         yield Existing(existing, tuple(existing.provenance.diff(new.provenance)))
         return
-    state_file = checkpoint.path_of(path_of(spec, settings, seed))
+    state_file = path_of(spec, settings, seed).with_suffix(checkpoint.SUFFIX)
     rows: tuple[EpochInfo, ...] = ()
     failure = None
     try:
@@ -181,10 +181,8 @@ def _run_seed(spec, seed, settings, programs, on_steps):
         if settings.save:
             _save_model(spec, settings, seed, snapshot)
         record = finished(new, spec, rows, snapshot.setup_seconds, compile_seconds)
-    except Diverged as error:
-        record = diverged(new, error)
     except Exception as error:
-        record, failure = crashed(new, error, rows), error
+        record, failure = failed(new, error, rows), None if isinstance(error, Diverged) else error
     try:
         records.write(record, settings.out, tta=spec.recipe.published.tta)
     except RecordError as error:
@@ -192,7 +190,8 @@ def _run_seed(spec, seed, settings, programs, on_steps):
             raise
         failure.add_note(str(error))
     if record.status != "crashed":
-        checkpoint.remove_checkpoint(state_file)
+        with contextlib.suppress(OSError):
+            state_file.unlink()
     yield record
     if failure is not None:
         raise failure
@@ -247,14 +246,14 @@ def _save_checkpoint(state_file, snapshot, new):
 
 
 def _save_model(spec, settings, seed, snapshot):
-    accuracies = snapshot.epochs[-1].test_accuracy, snapshot.epochs[-1].tta_accuracy
-    variables = eval_variables(snapshot.state)
+    last, variables = snapshot.epochs[-1], eval_variables(snapshot.state)
+    accuracies = last.test_accuracy, last.tta_accuracy
     model = saved.of_run(spec.recipe, spec.data.info, spec.data.dataset, seed, variables, accuracies)
     saved.save_model(model, path_of(spec, settings, seed).with_suffix(saved.SUFFIX))
 
 
 def new_record(spec: RunSpec, seed: int, command: tuple[str, ...], mesh: str = "1x1") -> Record:
-    """Everything that is known of a run before it starts."""
+    """Everything that is known of a run before it starts; it counts as crashed until it ends."""
     recipe, info, twin = spec.recipe, spec.data.info, spec.twin
     torch = {"conv_backend": "torch", "more_versions": twin.versions()} if twin else {}
     return Record(
@@ -274,15 +273,11 @@ def new_record(spec: RunSpec, seed: int, command: tuple[str, ...], mesh: str = "
     )
 
 
-def diverged(new: Record, error: Diverged) -> Record:
-    """The record of a run whose loss was not finite."""
-    return dataclasses.replace(new, status="diverged", error=str(error), epochs=error.epochs)
-
-
-def crashed(new: Record, error: Exception, rows: Sequence[EpochInfo]) -> Record:
-    """The record of a run that an exception ended after `rows`."""
-    message = f"{type(error).__name__}: {error}"
-    return dataclasses.replace(new, status="crashed", error=message, epochs=tuple(rows))
+def failed(new: Record, error: Exception, rows: Sequence[EpochInfo]) -> Record:
+    """The record of a run that diverged, or that another exception ended after `rows`."""
+    if isinstance(error, Diverged):
+        return dataclasses.replace(new, status="diverged", error=str(error), epochs=error.epochs)
+    return dataclasses.replace(new, error=f"{type(error).__name__}: {error}", epochs=tuple(rows))
 
 
 def finished(

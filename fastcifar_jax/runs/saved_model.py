@@ -11,7 +11,6 @@ import json
 import os
 import typing
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,9 +27,10 @@ from fastcifar_jax.models.base import PRECISIONS, Variables
 from fastcifar_jax.recipe import Recipe, from_dict, to_dict
 from fastcifar_jax.runs import files
 from fastcifar_jax.serialization import Parts, UnknownPartError, from_plain, own_parts
-from fastcifar_jax.types import Dataset, Logits, Pixels, flatten_by_path
+from fastcifar_jax.types import Dataset, Pixels, flatten_by_path
 
 FORMAT = 2
+KEY = "fastcifar_jax"  # of the description, in the metadata of the file
 SUFFIX = ".safetensors"
 MAX_FILE = 1 << 30  # bytes; a ResNet9 of the original width takes 26 MB
 MAX_HEADER = 1 << 20  # bytes; that of the same ResNet9 takes 7 kB
@@ -43,33 +43,19 @@ class SavedModelError(ValueError):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SavedModel:
-    """A trained network with everything that its predictions depend on.
-
-    Attributes:
-      recipe: of the run.
-      seed: of the run.
-      version: of the package that saved it.
-      data_source: training data, as given to `load_data`.
-      data_hash: of both splits, as in the record.
-      test_hash: SHA-256 of the test images and labels.
-      test_accuracy: on record, as a fraction.
-      tta_accuracy: on record, with test-time augmentation, as a fraction.
-      classes: names, in the order of the logits.
-      image_shape: height, width and channels.
-      variables: float32; the averaged ones where the recipe has an average.
-    """
+    """A trained network with everything that its predictions depend on."""
 
     recipe: Recipe
     seed: int
-    version: str
-    data_source: str
-    data_hash: str
-    test_hash: str
-    test_accuracy: float
-    tta_accuracy: float
-    classes: tuple[str, ...]
-    image_shape: tuple[int, int, int]
-    variables: Variables = dataclasses.field(repr=False)
+    version: str  # of the package that saved it
+    data_source: str  # training data, as given to `load_data`
+    data_hash: str  # of both splits, as in the record
+    test_hash: str  # SHA-256 of the test images and labels
+    test_accuracy: float  # on record, as a fraction
+    tta_accuracy: float  # with test-time augmentation
+    classes: tuple[str, ...]  # names, in the order of the logits
+    image_shape: tuple[int, int, int]  # height, width and channels
+    variables: Variables = dataclasses.field(repr=False)  # float32; the averaged ones where the recipe has an average
 
     def __post_init__(self):
         height, width, channels = self.image_shape
@@ -101,8 +87,7 @@ class SavedModel:
     def logits(self, images: Pixels | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Logits without and with test-time augmentation, float32 `[n, classes]` each.
 
-        One program takes all images, in the chunks of `evaluate.evaluate`, so that its rounding is the same. It is
-        compiled for each number of images.
+        Computed as in `evaluate.evaluate`, so with the same rounding, by a program that is compiled for each `n`.
 
         Raises:
           ValueError: no images, or images that are not uint8 `[n, height, width, channels]`.
@@ -110,7 +95,7 @@ class SavedModel:
         """
         if not len(self._checked(images)):
             raise ValueError("there are no images; give at least one")
-        plain, views = map(np.asarray, self._jitted(self.variables, images))
+        plain, views = map(np.asarray, self._evaluate(self.variables, images))
         if not (np.isfinite(plain).all() and np.isfinite(views).all()):
             raise SavedModelError("the model gives logits that are not finite; save it again, or fetch the file again")
         return plain, views
@@ -123,24 +108,25 @@ class SavedModel:
         return images
 
     @functools.cached_property
-    def _jitted(self):
-        return jax.jit(self._evaluate)
-
-    def _evaluate(self, variables: Variables, pixels: Pixels) -> tuple[Logits, Logits]:
+    def _evaluate(self):
+        """(variables, pixels) -> logits without and with test-time augmentation, jitted."""
         recipe = self.recipe
         model = recipe.model(len(self.classes), recipe.compute_dtype)
-        predict = lambda images: model.apply(variables, images, False)[0]
 
-        def both(pixels):
+        def chunk(predict, pixels):
             images = normalize(pixels, recipe.mean, recipe.std, PRECISIONS[recipe.compute_dtype].images)
             return predict(images), recipe.tta(predict, images)
 
-        parts = in_chunks(both, (pixels,), lambda stacked: stacked.reshape(-1, stacked.shape[-1]))
-        return jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
+        def evaluate(variables, pixels):
+            both = functools.partial(chunk, lambda images: model.apply(variables, images, False)[0])
+            parts = in_chunks(both, (pixels,), lambda stacked: stacked.reshape(-1, stacked.shape[-1]))
+            return jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
+
+        return jax.jit(evaluate)
 
 
-HINTS = typing.get_type_hints(SavedModel)
-FACTS = tuple(name for name in HINTS if name not in ("recipe", "seed", "variables"))  # checked by their type hints
+_CHECKED_APART = ("recipe", "seed", "variables")
+FACTS = {name: hint for name, hint in typing.get_type_hints(SavedModel).items() if name not in _CHECKED_APART}
 
 
 def of_run(
@@ -163,7 +149,7 @@ def check_saveable(recipe: Recipe, info: DataInfo, dataset: Dataset) -> None:
         model = _from_json(_to_json(of_run(recipe, info, dataset, 0, {}, (0.0, 0.0))), recipe)
         if model.recipe != recipe:
             raise SavedModelError(f"its recipe would be loaded as {model.recipe}; rename classes of your own")
-        _expected(model)
+        _shapes_of_variables(model)
 
 
 def save_model(model: SavedModel, path: Path) -> None:
@@ -173,7 +159,7 @@ def save_model(model: SavedModel, path: Path) -> None:
       RecordError: the file cannot be written; what was there before is still there.
     """
     tensors = {name: np.array(leaf, order="C") for name, leaf in flatten_by_path(model.variables).items()}
-    files.write_bytes(path, safetensors.numpy.save(tensors, {"fastcifar_jax": _to_json(model)}))
+    files.write_bytes(path, safetensors.numpy.save(tensors, {KEY: _to_json(model)}))
 
 
 def load_model(path: str | os.PathLike[str], recipe: Recipe | None = None) -> SavedModel:
@@ -187,16 +173,21 @@ def load_model(path: str | os.PathLike[str], recipe: Recipe | None = None) -> Sa
       SavedModelError: there is no such file, it is damaged or of another version, or it needs `recipe`.
     """
     with _errors_about(str(path), "save the model again, or fetch the file again"):
-        data = _bounded_bytes(Path(path))
-        tensors = safetensors.numpy.load(data)
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        if "fastcifar_jax" not in header.get("__metadata__", {}):
-            raise SavedModelError("another program wrote it; expected a file of `run --save`")
-        model = _from_json(header["__metadata__"]["fastcifar_jax"], recipe)
-        expected = _expected(model)
-        _check_tensors(tensors, flatten_by_path(expected))
-        leaves = [jax.device_put(tensors[name]) for name in flatten_by_path(expected)]
-        return dataclasses.replace(model, variables=jax.tree.unflatten(jax.tree.structure(expected), leaves))
+        tensors, text = _read(Path(path))
+        model = _from_json(text, recipe)
+        shapes = _shapes_of_variables(model)
+        expected = flatten_by_path(shapes)
+        if tensors.keys() != expected.keys():
+            differing = ", ".join(map(repr, sorted(tensors.keys() ^ expected.keys())))
+            raise SavedModelError(f"tensors that differ from the network's: {differing:.200}")
+        for name, leaf in expected.items():
+            array = tensors[name]
+            if array.dtype != leaf.dtype or array.shape != leaf.shape:
+                raise SavedModelError(f"{name!r} is {array.dtype} {array.shape}; expected {leaf.dtype} {leaf.shape}")
+            if not np.isfinite(array).all():
+                raise SavedModelError(f"{name!r} has values that are not finite")
+        leaves = [jax.device_put(tensors[name]) for name in expected]
+        return dataclasses.replace(model, variables=jax.tree.unflatten(jax.tree.structure(shapes), leaves))
 
 
 @contextlib.contextmanager
@@ -212,22 +203,26 @@ def _errors_about(what, advice):
         raise SavedModelError(f"{what}: {reason}; {advice}") from error
 
 
-def _bounded_bytes(path: Path) -> bytes:
+def _read(path: Path) -> tuple[dict[str, np.ndarray], str]:
+    """The tensors of a file and the description of the model."""
     size = path.stat().st_size if path.is_file() else -1  # a pipe would be waited for
+    if size < 0:
+        raise SavedModelError("there is no such file")
     if not 8 < size <= MAX_FILE:
-        raise SavedModelError(
-            f"it has {size} bytes; expected at most {MAX_FILE}" if size >= 0 else "there is no such file"
-        )
+        raise SavedModelError(f"it has {size} bytes; expected at most {MAX_FILE}")
     data = path.read_bytes()
     length = int.from_bytes(data[:8], "little")
     if not 0 < length <= min(MAX_HEADER, size - 8):
         raise SavedModelError(f"its header claims {length} bytes of {size}; at most {MAX_HEADER} are read")
-    return data
+    tensors, header = safetensors.numpy.load(data), json.loads(data[8 : 8 + length])
+    if KEY not in header.get("__metadata__", {}):
+        raise SavedModelError("another program wrote it; expected a file of `run --save`")
+    return tensors, header["__metadata__"][KEY]
 
 
 def _to_json(model: SavedModel) -> str:
-    facts = {name: getattr(model, name) for name in FACTS}
-    return json.dumps({"format": FORMAT, "recipe": to_dict(model.recipe), "seed": model.seed, **facts})
+    values = {name: getattr(model, name) for name in ("seed", *FACTS)}
+    return json.dumps({"format": FORMAT, "recipe": to_dict(model.recipe), **values})
 
 
 def _from_json(text: str, recipe: Recipe | None) -> SavedModel:
@@ -237,11 +232,11 @@ def _from_json(text: str, recipe: Recipe | None) -> SavedModel:
         raise SavedModelError(f"its description is {values!r:.60}; this version reads format {FORMAT}")
     if values.keys() != {"format", "recipe", "seed", *FACTS}:
         raise SavedModelError(f"it describes {', '.join(values):.300}; expected recipe, seed, {', '.join(FACTS)}")
-    facts = {name: from_plain(values[name], HINTS[name], name, Parts({})) for name in FACTS}
-    return SavedModel(recipe=from_dict(values["recipe"], own_parts(recipe)), seed=values["seed"], **facts, variables={})
+    facts = {name: from_plain(values[name], hint, name, Parts({})) for name, hint in FACTS.items()}
+    return SavedModel(from_dict(values["recipe"], own_parts(recipe)), values["seed"], **facts, variables={})
 
 
-def _expected(model: SavedModel) -> Variables:
+def _shapes_of_variables(model: SavedModel) -> Variables:
     """Shapes and dtypes of the network's variables; traces a prediction to check that it fits the images."""
     network = model.recipe.model(len(model.classes), model.recipe.compute_dtype)
     key = jax.eval_shape(lambda: jax.random.key(0))
@@ -253,15 +248,3 @@ def _expected(model: SavedModel) -> Variables:
     if any(logits.shape != (1, len(model.classes)) for logits in both):
         raise SavedModelError(f"it gives logits {both} for {len(model.classes)} classes")
     return variables
-
-
-def _check_tensors(tensors: dict[str, np.ndarray], expected: dict[str, Any]) -> None:
-    if tensors.keys() != expected.keys():
-        differing = ", ".join(map(repr, sorted(tensors.keys() ^ expected.keys())))
-        raise SavedModelError(f"tensors that differ from the network's: {differing:.200}")
-    for name, leaf in expected.items():
-        array = tensors[name]
-        if array.dtype != leaf.dtype or array.shape != leaf.shape:
-            raise SavedModelError(f"{name!r} is {array.dtype} {array.shape}; expected {leaf.dtype} {leaf.shape}")
-        if not np.isfinite(array).all():
-            raise SavedModelError(f"{name!r} has values that are not finite")

@@ -12,9 +12,8 @@ from fastcifar_jax.runs.runner import (
     Existing,
     RunSettings,
     RunSpec,
-    crashed,
-    diverged,
     existing_record,
+    failed,
     finished,
     new_record,
 )
@@ -55,7 +54,6 @@ def run_together(spec: RunSpec, seeds: Sequence[int], settings: RunSettings, mes
         return
     rows: dict[int, list[EpochInfo]] = {seed: [] for seed in seeds}
     new = {seed: new_record(spec, seed, settings.command, shape) for seed in seeds}
-    setup_seconds = compile_seconds = 0.0
 
     def write(record):
         if writes:
@@ -70,10 +68,9 @@ def run_together(spec: RunSpec, seeds: Sequence[int], settings: RunSettings, mes
                 continue
             del rows[seed]
             if isinstance(news, Diverged):
-                record = diverged(new[seed], news)
+                record = failed(new[seed], news, ())
             else:
-                setup_seconds, compile_seconds = news.setup_seconds, news.compile_seconds
-                record = finished(new[seed], spec, news.epochs, setup_seconds, compile_seconds)
+                record = finished(new[seed], spec, news.epochs, news.setup_seconds, news.compile_seconds)
             write(record)
             yield Event(spec, seed, record)
     except records.RecordError:
@@ -83,7 +80,7 @@ def run_together(spec: RunSpec, seeds: Sequence[int], settings: RunSettings, mes
             raise MeshError(f"{spec.arm}: {error}") from error
         # A seed that has not finished an epoch may not have started.
         for seed in [seed for seed in rows if rows[seed]] or list(rows)[:1]:
-            record = crashed(new[seed], error, rows[seed])
+            record = failed(new[seed], error, rows[seed])
             write(record)
             yield Event(spec, seed, record)
         raise

@@ -146,7 +146,7 @@ def test_torch_arms_are_kept_apart(made, call, monkeypatch):
         warm_up = staticmethod(lambda recipe, num_classes, dataset: 1.0)
         train_epochs = staticmethod(fake_train_epochs(lambda recipe, seed: 0.9 + NOISE[seed], {}, made))
 
-    monkeypatch.setattr("fastcifar_jax.cli.options.torch_twin", lambda: Twin)
+    monkeypatch.setattr("fastcifar_jax.cli.options.twin_of", {"jax": None, "torch": Twin}.get)
     status, out, err = call("compare", "old.py", "torch:old.py", "--seeds", "3")
     assert (status, err) == (0, "") and "torch:old against old: lower" in out and "torch 9" in out
     found = records.find(Path("runs"), framework="torch")
