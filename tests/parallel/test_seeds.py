@@ -174,7 +174,7 @@ def test_a_batch_over_processes_gives_the_numbers_of_one_device(processes):
 
 def test_processes_do_what_process_0_is_to_do(processes):
     assert processes["from_process_0"] == [0, 7]
-    assert processes["disagreement"].startswith("processes [1] are to run something else than process 0")
+    assert processes["disagreement"].startswith("processes [1] would run something else than process 0")
 
 
 def test_a_process_that_is_left_alone_ends_with_an_error(tmp_path):
