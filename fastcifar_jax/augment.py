@@ -32,7 +32,7 @@ class Augmentation(Protocol):
 
 @runtime_checkable
 class EpochDependent(Protocol):
-    """An augmentation whose choices in one epoch depend on those in another; takes precedence over `Recipe.sampling`."""
+    """An augmentation whose choices depend on other epochs; takes precedence over `Recipe.sampling`."""
 
     def choices_for_epoch(self, key: PRNGKeyArray, epoch: Int[Array, ""], num_images: int) -> Int[Array, " images"]:
         """For each image a row of `options`, in an epoch (1-based); `key` is the same in every epoch."""

@@ -29,7 +29,7 @@ class Batch(NamedTuple):
 
 
 class TrainState(NamedTuple):
-    """Everything that a training step passes on to the next one: arrays only, so that states can be saved and stacked."""
+    """Everything that a training step passes on to the next one: arrays only."""
 
     step: Int[Array, ""]  # steps taken so far
     params: Params  # trained
@@ -87,7 +87,7 @@ class RunResult(NamedTuple):
 
     @property
     def train_seconds(self) -> float:
-        """Seconds of the set-up and all epochs, without compilation and evaluation (section 3.6 of the specification)."""
+        """Seconds of the set-up and all epochs, without compiling and evaluating (section 3.6 of the specification)."""
         return self.setup_seconds + sum(epoch.train_seconds for epoch in self.epochs)
 
 
