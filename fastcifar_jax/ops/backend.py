@@ -115,10 +115,7 @@ def _cpu_info() -> str:
 
 
 def default_driver() -> Driver:
-    """ "scan", except on a CPU with lax: XLA's weight gradients take 10 times as long and more in a loop.
-
-    See jax issue 12868 and `benchmarks/drivers.py`.
-    """
+    """ "scan", except on a CPU with lax: its weight gradients take over 10 times as long in a loop (jax issue 12868)."""
     return "python" if jax.default_backend() == "cpu" and conv_backend()[0] == "lax" else "scan"
 
 
