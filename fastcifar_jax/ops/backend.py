@@ -115,7 +115,7 @@ def _cpu_info() -> str:
 
 
 def default_driver() -> Driver:
-    """ "scan", except on a CPU with lax: its weight gradients take over 10 times as long in a loop (jax issue 12868)."""
+    """ "scan", except on a CPU with lax: its weight gradients are over 10 times slower in a loop (jax issue 12868)."""
     return "python" if jax.default_backend() == "cpu" and conv_backend()[0] == "lax" else "scan"
 
 
