@@ -1,6 +1,5 @@
 """The commands; knows where experiments are found, nothing about any of them."""
 
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -10,38 +9,31 @@ from typing import Any, NoReturn, get_args
 import click
 
 from fastcifar_jax.cli import console as report
+from fastcifar_jax.cli.bench import bench_command
 from fastcifar_jax.cli.compare import compare, match_epochs
 from fastcifar_jax.cli.models import evaluate, predict
 from fastcifar_jax.cli.options import (
     CliContext,
     RunOptions,
-    data_option,
-    json_option,
-    limit_train_option,
     make_jobs,
     run_options,
     seeds_option,
-    set_option,
     usage_errors,
-    width_option,
 )
 from fastcifar_jax.cli.plot import plot
 from fastcifar_jax.cli.report import report_command
 from fastcifar_jax.cli.reproduce import reproduce_command
-from fastcifar_jax.models.base import PRECISIONS
 from fastcifar_jax.ops import backend
 from fastcifar_jax.ops.backend import default_driver, default_dtype
 from fastcifar_jax.parallel import hosts
 from fastcifar_jax.parallel.mesh import Strategy, make_mesh
-from fastcifar_jax.recipe import change
-from fastcifar_jax.runs import bench, records
 from fastcifar_jax.runs import experiments as discover
 from fastcifar_jax.runs import logging as live
+from fastcifar_jax.runs import records
 from fastcifar_jax.runs import runner as runs
 from fastcifar_jax.runs import saved_model as saved
 from fastcifar_jax.runs.records import Record, RecordError
 from fastcifar_jax.runs.together import Refused, run_together
-from fastcifar_jax.train import check
 
 
 def main(argv: Sequence[str] | None = None, folder: Path | None = None) -> NoReturn:
@@ -205,64 +197,6 @@ def run(
     return 130 if interrupted else int(any(record.status == "diverged" for record in ended))
 
 
-@commands.command("bench")
-@click.argument("names", metavar="[NAME...]", nargs=-1)
-@click.option("--against", type=click.Choice(("torch",)), help="Also time the PyTorch twin (extra: compare).")
-@data_option
-@limit_train_option
-@width_option
-@click.option(
-    "--dtype", "dtypes", multiple=True, type=click.Choice(tuple(PRECISIONS)), help="Repeats; default by platform."
-)
-@set_option
-@click.option("--rounds", type=click.IntRange(bench.MIN_ROUNDS), default=7, show_default=True)
-@json_option
-@click.pass_obj
-def bench_command(
-    invocation: CliContext,
-    names: tuple[str, ...],
-    against: str | None,
-    data: str | None,
-    limit_train: int | None,
-    width: int | None,
-    dtypes: tuple[str, ...],
-    assignments: tuple[str, ...],
-    rounds: int,
-    json_path: Path | None,
-) -> None:
-    """Times whole training steps of recipes, final and baseline by default, beside PyTorch's in one run."""
-    console = report.make_console()
-    jobs = []
-    with usage_errors():
-        for experiment in discover.resolve(names or ("final", "baseline"), invocation.folder):
-            with usage_errors(experiment.recipe.name):
-                recipe = change(experiment.recipe, assignments, None, width, None)
-            source = data or os.environ.get("FASTCIFAR_DATA") or experiment.data or "cifar10"
-            loaded = runs.load_data(source, limit_train, console)
-            with usage_errors(recipe.name):
-                check(recipe, len(loaded.info.classes), loaded.dataset)
-            jobs.append((experiment, recipe, source, report.size_of(recipe, len(loaded.info.classes)).macs))
-            del loaded  # the workers load it themselves
-    found = []
-    for experiment, recipe, source, macs in jobs:
-        task = {
-            "experiment": experiment.recipe.name,
-            "path": str(experiment.path),
-            "folder": str(invocation.folder) if invocation.folder else None,
-            "data": source,
-            "limit_train": limit_train,
-            "width": width,
-            "set": assignments,
-        }
-        try:
-            found.append(bench.run(task, recipe, macs, dtypes or (default_dtype(),), bool(against), rounds, console))
-        except bench.BenchError as error:
-            raise click.ClickException(f"{recipe.name}: {error}") from error
-        bench.show(found[-1], console)
-    if json_path:
-        records.write_text(json_path, json.dumps(found, indent=1) + "\n")
-
-
 @commands.command()
 def doctor() -> None:
     """Tells what runs are made with here, and why."""
@@ -283,6 +217,7 @@ def doctor() -> None:
         console.print(f"{name:>12}: {text}", soft_wrap=True)
 
 
+commands.add_command(bench_command)
 commands.add_command(compare)
 commands.add_command(match_epochs)
 commands.add_command(plot)

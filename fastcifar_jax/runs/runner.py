@@ -228,9 +228,17 @@ def _trainer(job: RunSpec, driver: Driver, compiled: dict[tuple, CompiledRun] | 
     if job.twin is None:
         train = make_train(job.recipe, num_classes, driver, compiled)
         return lambda seed, *callbacks, **kept: train(jax.random.key(seed), job.data.dataset, *callbacks, **kept)
-    train = job.twin.make_train(job.recipe, num_classes)
+    train_torch = job.twin.make_train(job.recipe, num_classes)
     arrays = Dataset._make(np.asarray(array) for array in job.data.dataset)
-    return lambda seed, *callbacks: train(seed, arrays, *callbacks)
+
+    def train_and_show(seed, on_epoch, on_step, on_compiled):
+        run = train_torch(seed, arrays)
+        on_compiled(run.compile_seconds)
+        for row in run.epochs:
+            on_epoch(row)
+        return run
+
+    return train_and_show
 
 
 def _provenance_diff(known: Record, new: Record) -> list[str]:

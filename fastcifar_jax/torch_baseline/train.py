@@ -1,6 +1,7 @@
 """A run in PyTorch as an iterator over its epochs. Nothing here was ever run on a CUDA device."""
 
 import contextlib
+import functools
 import math
 import operator
 import os
@@ -26,7 +27,7 @@ from fastcifar_jax.torch_baseline.augment import EpochPlan, make_batch, normaliz
 from fastcifar_jax.torch_baseline.evaluate import CHUNK, evaluate
 from fastcifar_jax.torch_baseline.models import set_whitening_filters
 from fastcifar_jax.torch_baseline.train_step import Trainer
-from fastcifar_jax.train import Diverged
+from fastcifar_jax.train import Diverged, steps_of_epochs
 from fastcifar_jax.types import Dataset, EpochInfo, RunResult, Snapshot, StepInfo
 
 REPORT_SECONDS = 1.0  # between two reports of progress
@@ -122,14 +123,13 @@ def train_epochs(
             torch.cuda.synchronize()
         setup_seconds = time.perf_counter() - began
         rows: tuple[EpochInfo, ...] = ()
-        while (left := count_steps(recipe.num_epochs, trainer.steps_per_epoch) - trainer.count) > 0:
-            epoch = len(rows) + 1
+        for epoch, num_steps in enumerate(steps_of_epochs(recipe, trainer.steps_per_epoch), start=1):
             began = time.perf_counter()
             plan = plan_epoch(recipe, seed_plans, epoch, *data.train_images.shape[:3])
-            totals, num_images = _train_epoch(trainer, data, plan, left, epoch, on_steps)
+            totals = _train_epoch(trainer, data, plan, num_steps, on_steps and functools.partial(on_steps, epoch))
             seconds = time.perf_counter() - began
             sums = evaluate(recipe, trainer.eval_network, data.test_images, data.test_labels)
-            means = [*(x / num_images for x in totals), *(x / len(data.test_labels) for x in sums)]
+            means = [*(x / (num_steps * recipe.batch_size) for x in totals), *(x / len(data.test_labels) for x in sums)]
             rows = (*rows, EpochInfo(epoch, seconds, *means))
             if not (math.isfinite(rows[-1].train_loss) and math.isfinite(rows[-1].test_loss)):
                 raise Diverged(recipe.name, rows)
@@ -190,21 +190,21 @@ def set_up(
 
 
 def _train_epoch(
-    trainer: Trainer, data: Dataset, plan: EpochPlan, most: int, epoch: int = 1, on_steps: OnSteps | None = None
-) -> tuple[StepInfo, int]:
-    """Takes the steps of an epoch, or `most` of them; returns the sums over their images, and how many these are."""
+    trainer: Trainer, data: Dataset, plan: EpochPlan, num_steps: int, report: Callable[[int], None] | None = None
+) -> StepInfo:
+    """Takes the first steps of an epoch; returns the sums over their images, as Python numbers."""
     recipe, images, labels = trainer.recipe, data.train_images, data.train_labels
     plan = EpochPlan(plan.order.to(images.device), tuple(option.to(images.device) for option in plan.options))
     trainer.network.train()
     totals = StepInfo(torch.tensor(0.0, device=images.device), torch.tensor(0, device=images.device))
-    num_steps, reported = min(trainer.steps_per_epoch, most), time.perf_counter()
+    reported = time.perf_counter()
     for i, ids in enumerate(plan.order.split(recipe.batch_size)[:num_steps], start=1):
         info = trainer.step(make_batch(recipe, images, plan, ids, trainer.dtype), labels[ids])
         totals = StepInfo(totals.loss + info.loss, totals.correct + info.correct)
-        if on_steps is not None and time.perf_counter() - reported > REPORT_SECONDS:
-            on_steps(epoch, i)
+        if report is not None and time.perf_counter() - reported > REPORT_SECONDS:
+            report(i)
             reported = time.perf_counter()
-    return StepInfo(*(total.item() for total in totals)), num_steps * recipe.batch_size  # waits for the device
+    return StepInfo(*(total.item() for total in totals))  # waits for the device
 
 
 @contextlib.contextmanager

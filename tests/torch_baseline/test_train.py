@@ -253,7 +253,7 @@ def test_it_learns(compute_dtype):
     assert result.epochs[-1].train_loss < result.epochs[0].train_loss
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-5), ("mixed", 0.02)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-4), ("mixed", 0.02)])
 def test_other_dtypes_are_the_same_run_but_for_rounding(final_run, dtype, tolerance):
     _, _, float32 = final_run
     found = make_train(small(final, compute_dtype=dtype), 4)(0, DATASET)
@@ -276,11 +276,11 @@ def test_diverged():
 def test_bench_steps_train(monkeypatch):
     seen, step = [], Trainer.step
     monkeypatch.setattr(Trainer, "step", lambda self, *batch: seen.append(step(self, *batch)))
-    take, known = bench.prepare(small(final, compute_dtype="bfloat16"), 4, DATASET, compiled=False, tuned=False)
-    for i in range(9):
-        take(i)
-    assert np.isfinite(float(seen[0].loss)) and seen[-1].loss < seen[0].loss
-    assert known == torch_train.versions() == {"torch": torch.__version__}
+    take = bench.prepare(small(final, compute_dtype="bfloat16"), 4, DATASET, compiled=False, tuned=False)
+    for _ in range(3):
+        take(4)  # of 3 steps in an epoch
+    assert len(seen) == 12 and np.isfinite(float(seen[0].loss)) and seen[-1].loss < seen[0].loss
+    assert torch_train.versions() == {"torch": torch.__version__}
 
 
 # What it refuses.
@@ -318,10 +318,7 @@ class Focal:
             {"loss": Focal()},
             r"loss Focal\(label_smoothing=0.0\); the PyTorch baseline has CrossEntropy: train it with JAX",
         ),
-        (
-            {"compute_dtype": "float16"},
-            "compute_dtype 'float16'; the PyTorch baseline has float32, float64, mixed, bfloat16",
-        ),
+        ({"compute_dtype": "float16"}, "no compute_dtype 'float16'; use float32, float64, mixed, bfloat16"),
         ({"batch_size": 100}, "a batch of 100 images is not 16 equal ghost groups; change batch_size"),
         (
             {"optim": Muon(), "model": replace(final.model, norm=replace(final.model.norm, train_scale=True))},
