@@ -122,6 +122,13 @@ def write_npz(path, data, column=False, save=np.savez, **changes):
     return path
 
 
+def saved(write):
+    """The bytes that `write` puts into a file object."""
+    buffer = io.BytesIO()
+    write(buffer)
+    return buffer.getvalue()
+
+
 def write_images(folder, data, classes=10):
     for split in ("train", "test"):
         images, labels = getattr(data, f"{split}_images"), getattr(data, f"{split}_labels")
