@@ -1,7 +1,6 @@
 """Hostile values, damaged files, and how often each target is tried."""
 
-import struct
-import zlib
+import copy
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -11,6 +10,11 @@ COUNTS = (20, pytest.param(2_000, marks=pytest.mark.slow, id="slow"))
 EXTREMES = tuple(
     sign * (1 << bits) + more for bits in (0, 7, 8, 15, 16, 31, 32, 63) for sign in (1, -1) for more in (-1, 0)
 )
+SENTINEL = "was_executed"  # the file that a text or a pickle would make
+TEXTS = (
+    f"__import__('pathlib').Path('{SENTINEL}').touch()", "\0", "\ud800", "\x1b[2J", "../../etc", "x" * 300, "<script>",
+    "finished", "diverged", "final*", "torch",
+)  # fmt: skip
 
 
 def fuzz(count, strategy, body):
@@ -48,8 +52,27 @@ def mutants(content):
     )
 
 
-def png_of(chunks):
-    """A PNG file of these (name, content), with right lengths and checksums."""
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
-    )
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9) | st.sampled_from(EXTREMES + TEXTS),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(("type", "shape", "kind")), inner),
+    max_leaves=6,
+)
+
+
+def changed(value, draw):
+    """`value` with one of its values, or of those inside them, replaced."""
+    value = part = copy.deepcopy(value)
+    while True:
+        key = draw(st.sampled_from(sorted(part) if isinstance(part, dict) else range(len(part))))
+        if not part[key] or not isinstance(part[key], dict | list) or draw(st.booleans()):
+            part[key] = draw(JSON)
+            return value
+        part = part[key]
+
+
+def set_value(values, name, value):
+    """Replaces the value called `name`, as in "model.norm.eps", in nested dicts."""
+    *parents, last = name.split(".")
+    for parent in parents:
+        values = values[parent]
+    values[last] = value

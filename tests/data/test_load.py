@@ -27,7 +27,7 @@ from tests.helpers_data import (
     write_images,
     write_npz,
 )  # fmt: skip
-from tests.helpers_fuzz import COUNTS, fuzz, mutants
+from tests.helpers_fuzz import COUNTS, SENTINEL, fuzz, mutants
 
 
 @pytest.fixture
@@ -107,7 +107,6 @@ def test_unknown_paths(tmp_path, monkeypatch, path, fault):
 # Whatever the bytes of a file: data or one DataError, nothing executed, and few allocations. Bytes are changed blindly,
 # and opcodes of pickles and fields of tar headers with care, so that only the claims are false.
 
-SENTINEL = "was_executed"
 PYTHON, BINARY = {n: python_files(SMALL, protocol=n) for n in (2, 5)}, binary_files(SMALL)
 TAR, NPZ = tar_bytes(BINARY), saved(lambda buffer: write_npz(buffer, SMALL))
 PNG, JPEG = (
