@@ -6,6 +6,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from experiments import airbench, bag_of_tricks
+from fastcifar_jax.recipe import flatten
+
 COUNTS = (20, pytest.param(2_000, marks=pytest.mark.slow, id="slow"))
 EXTREMES = tuple(
     sign * (1 << bits) + more for bits in (0, 7, 8, 15, 16, 31, 32, 63) for sign in (1, -1) for more in (-1, 0)
@@ -76,3 +79,23 @@ def set_value(values, name, value):
     for parent in parents:
         values = values[parent]
     values[last] = value
+
+
+# Assignments to the values of recipes, as in `--set optim.peak_lr=0.8`.
+
+RECIPES = (bag_of_tricks.baseline, bag_of_tricks.final, *airbench.RECIPES)
+NAMES = sorted({name for recipe in RECIPES for name in flatten(recipe)})
+LITERALS = (
+    "9**9**9", "1e999", "-1e999", "nan", "inf", "1e308", "0x" + "f" * 300, "1_0", "True", "None", "...", "0j", "()",
+    "((", "{[]:1}", "{}", "'a'", "b'a'", "'\\ud800'", "\ud800", "\0", "'\\d'", "(" * 1000, "-" * 100_000, "[" * 300,
+    "1" * 100_000, "(1,)*10**9", "0if 1else 2", "lambda: 0", "f'{1}'", "layer1", "float32", "auto", TEXTS[0],
+)  # fmt: skip
+VALUES = st.one_of(
+    (JSON | st.complex_numbers() | st.binary(max_size=3) | st.lists(JSON, max_size=4).map(tuple)).map(repr),
+    st.floats(0, 1).map(repr), st.integers(1, 64).map(repr), st.sampled_from(LITERALS), st.text(max_size=20),
+)  # fmt: skip
+ASSIGNMENTS = st.one_of(
+    st.tuples(st.sampled_from(NAMES), VALUES).map("=".join),
+    st.tuples(st.sampled_from(("model", "augmentations.0", "optim.schedule.", "name", "." * 9)), VALUES).map("=".join),
+    st.text(max_size=20),
+)

@@ -10,7 +10,6 @@ import pytest
 
 from experiments import bag_of_tricks
 from fastcifar_jax.cli import app as cli
-from fastcifar_jax.cli.options import parse_seeds
 from fastcifar_jax.ops import backend
 from fastcifar_jax.recipe import change
 from fastcifar_jax.runs import experiments as discover
@@ -296,10 +295,6 @@ def test_every_recipe_is_checked_before_the_first_is_trained(workplace, call, lo
     Path("large.py").write_text(TRICK.replace("batch_size=64", "batch_size=640"))
     status, _, err = call("run", "trick.py", "large.py")
     assert status == 2 and "large: batch_size 640" in err and trained[1] == []
-
-
-def test_parse_seeds():
-    assert [list(parse_seeds(text)) for text in ("1", "3", "2-4", "7-7")] == [[0], [0, 1, 2], [2, 3, 4], [7]]
 
 
 def test_list(call):
