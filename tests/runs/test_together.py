@@ -44,6 +44,7 @@ def test_one_seed_after_another_over_a_mesh_is_bitwise_the_same(alone, call):
         (("--mesh", "2x2x2"), "'2x2x2' is not a mesh"),
         (("--mesh", "64"), "a mesh of seed 64 x batch 1 does not fit"),
         (("--mesh", "0"), "a mesh of seed 0 x batch 1 does not fit"),
+        (("--mesh", "1", "--save"), "--save cannot be combined with --mesh"),
     ],
 )
 def test_refused(workplace, call, arguments, message):
