@@ -133,10 +133,7 @@ def append(path):
 
 @pytest.mark.parametrize(
     ("damage", "message"),
-    [
-        (append, "is damaged: "),
-        (lambda path: append(Path("trick.py")), "is from a different run: source_hash was "),
-    ],
+    [(append, "is damaged: "), (lambda path: append(Path("trick.py")), "is from a different run: source_hash was ")],
 )
 def test_checkpoint_of_no_use(six_epochs, call, at_epoch, damage, message):
     """The command says so, and the run starts from the beginning."""

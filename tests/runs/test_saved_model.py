@@ -20,12 +20,10 @@ from safetensors import numpy as safetensors
 from fastcifar_jax.averaging import Ema
 from fastcifar_jax.cli import app as cli
 from fastcifar_jax.data import load as data
-from fastcifar_jax.evaluate import NoTTA, SixViewTTA, evaluate
+from fastcifar_jax.evaluate import SixViewTTA
 from fastcifar_jax.functions import eval_variables
 from fastcifar_jax.losses import CrossEntropy
 from fastcifar_jax.models.activations import Celu
-from fastcifar_jax.models.airnet import AirNet
-from fastcifar_jax.models.base import PRECISIONS
 from fastcifar_jax.models.layers import BatchNormConfig
 from fastcifar_jax.models.resnet9 import ResNet9
 from fastcifar_jax.recipe import Recipe
@@ -98,31 +96,6 @@ def test_saved_again_it_is_the_same_file(run, tmp_path):
     save_model(run.model, tmp_path / "again.safetensors")
     [path] = tmp_path.iterdir()
     assert path.read_bytes() == run.path.read_bytes()
-
-
-@pytest.mark.parametrize("compute_dtype", ["float32", pytest.param("float16", marks=pytest.mark.slow)])
-def test_airnet_equals_training(compute_dtype, tmp_path):
-    """Random weights, as evaluated in training and from a file."""
-    recipe = Recipe(model=AirNet(channels=(2, 4, 4)), tta=NoTTA(), compute_dtype=compute_dtype)
-    dataset = train_and_test(512)
-    model = recipe.model(10, compute_dtype)
-    variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
-    rng = np.random.default_rng(0)  # in a range that float16 holds
-    variables = jax.tree.map(lambda x: jnp.asarray(rng.uniform(0.1, 0.2, x.shape), x.dtype), variables)
-
-    @jax.jit
-    def evaluated(variables, images, labels):
-        predict = lambda images: model.apply(variables, images, False)[0]
-        dtype = PRECISIONS[compute_dtype].images
-        return evaluate(predict, recipe.loss, recipe.tta, images, labels, recipe.mean, recipe.std, dtype)
-
-    info = data.DataInfo("random", "f00d", tuple("abcdefghij"), 512, 20)
-    save_model(of_run(recipe, info, dataset, 0, variables, (0.5, 0.5)), tmp_path / "a.safetensors")
-    logits, _ = load_model(tmp_path / "a.safetensors").logits(dataset.test_images)
-    sums = evaluated(variables, dataset.test_images, dataset.test_labels)
-    assert (logits.argmax(-1) == dataset.test_labels).sum() == sums.test_correct
-    loss = recipe.loss(jnp.asarray(logits), jnp.asarray(dataset.test_labels)).sum()
-    np.testing.assert_allclose(loss, sums.test_loss, rtol=1e-6)
 
 
 @pytest.fixture(scope="module")
