@@ -14,7 +14,7 @@ from fastcifar_jax.cli import app as cli
 from fastcifar_jax.functions import make_functions, shapes_of
 from fastcifar_jax.runs import records
 from fastcifar_jax.runs.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from fastcifar_jax.train import make_train
+from fastcifar_jax.train import compile_run, train_epochs
 from fastcifar_jax.types import EpochInfo, Snapshot, TrainState
 from tests.helpers_records import RECORD, with_changes
 from tests.helpers_runs import ARGUMENTS, leftovers, raises, records_of
@@ -41,16 +41,18 @@ def assert_same_bits(found, expected):
 )
 def test_resumed_run_equals_the_undisturbed_one(tmp_path, recipe):
     """Two epochs of three steps and one of two, resumed after each."""
-    train, key = make_train(recipe, 4), jax.random.key(0)
-    path_after = lambda snapshot: tmp_path / f"{len(snapshot.epochs)}.checkpoint"
-    whole = train(key, DATASET, on_snapshot=lambda snapshot: save_checkpoint(path_after(snapshot), snapshot, RECORD))
+    compiled, key, path = compile_run(recipe, 4, DATASET), jax.random.key(0), tmp_path / "x.checkpoint"
+    whole = []
+    for snapshot in train_epochs(recipe, 4, key, DATASET, compiled=compiled):
+        whole.append(jax.device_get(snapshot))
     like = shapes_of(make_functions(recipe, 4, NUM_TRAIN), recipe, DATASET).state
-    for epoch in (1, 2, 3):
-        resume = load_checkpoint(tmp_path / f"{epoch}.checkpoint", RECORD, like)
-        assert resume.epochs == whole.epochs[:epoch] and resume.setup_seconds == whole.setup_seconds
-        resumed = train(key, DATASET, resume=resume)
-        assert numbers(resumed) == numbers(whole)
-        assert_same_bits(resumed.state, whole.state)
+    for before in whole[:-1]:
+        save_checkpoint(path, before, RECORD)
+        resume = load_checkpoint(path, RECORD, like)
+        assert resume.epochs == before.epochs and resume.setup_seconds == before.setup_seconds
+        *_, last = train_epochs(recipe, 4, key, DATASET, compiled=compiled, resume=resume)
+        assert numbers(last) == numbers(whole[-1])
+        assert_same_bits(jax.device_get(last.state), whole[-1].state)
 
 
 def make_snapshot():
@@ -207,8 +209,8 @@ def test_compare_continues(six_epochs, call, at_epoch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("run trick.py --mesh 1", "--checkpoint is for one seed after another"),
-        ("run trick.py --distributed", "--checkpoint is for one seed after another"),
+        ("run trick.py --mesh 1", "--checkpoint cannot be combined with --mesh or --distributed"),
+        ("run trick.py --distributed", "--checkpoint cannot be combined with --mesh or --distributed"),
         ("run torch:final", "torch: arms have no checkpoints"),
         ("compare final torch:final --seeds 2", "torch: arms have no checkpoints"),
     ],

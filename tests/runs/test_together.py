@@ -23,7 +23,7 @@ def without_times(record):
 
 
 @pytest.fixture
-def alone(workplace, call):
+def alone(workplace, call, compiled_once):
     """Seeds 0, 1 and 2, one after another."""
     assert call(*RUN, "--seeds", "3", "--out", "alone")[0] == 0
     return written("alone")
