@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from fastcifar_jax.augment import normalize
 from fastcifar_jax.losses import num_correct
 from fastcifar_jax.types import Evaluation, Images, Labels, Logits, Pixels
 
@@ -82,11 +81,9 @@ def evaluate(
     predict: Predict,
     loss: Callable[[Logits, Labels], Logits],
     tta: TTA,
+    normalize: Callable[[Pixels], Images],
     pixels: Pixels,
     labels: Labels,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    dtype=jnp.float32,
     chunk: int = CHUNK,
 ) -> Evaluation:
     """Loss and correct answers over a test set, plain and with test-time augmentation.
@@ -95,16 +92,14 @@ def evaluate(
       predict: logits of normalised images; batch norm in evaluation mode, so that chunks do not matter.
       loss: per example.
       tta: the augmentation; its plain pass is computed once for both results.
+      normalize: of the recipe.
       pixels: the test images, neither padded nor cropped.
       labels: one per image.
-      mean: per channel, in 0..255.
-      std: per channel, in 0..255.
-      dtype: of the normalised images.
       chunk: images at a time.
     """
 
     def sums(pixels, labels):
-        images = normalize(pixels, mean, std, dtype)
+        images = normalize(pixels)
         plain, views = predict(images), tta(predict, images)
         return Evaluation(
             loss(plain, labels).sum(), num_correct(plain, labels), loss(views, labels).sum(), num_correct(views, labels)

@@ -38,15 +38,15 @@ def prepare_jax(recipe: Recipe, num_classes: int, dataset: Dataset) -> Prepared:
     backend.configure_cpu()
     dataset = jax.device_put(dataset)
     run = compile_run(recipe, num_classes, dataset)
-    values, key, totals = hparams(recipe), jax.random.key(0), zero_totals(recipe)
-    state, plan = run.init(key, dataset), run.plan(key, np.int32(1), dataset)
+    values, key = hparams(recipe), jax.random.key(0)
+    carry, plan = (run.init(key, dataset), zero_totals(recipe)), run.plan(key, np.int32(1), dataset)
     per_call = 1 if run.loop == "step" else STEPS
 
     def take():
-        nonlocal state, totals
+        nonlocal carry
         for start in range(0, STEPS, per_call):
-            state, totals = run.train_steps(1, values, dataset, plan, state, totals, start, per_call)
-        jax.block_until_ready((state, totals))
+            carry = run.train_steps(1, values, dataset, plan, carry, start, per_call)
+        jax.block_until_ready(carry)
 
     return take, {"compile_seconds": run.seconds, "conv": backend.conv_backend()[0], "version": jax.__version__}
 
