@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from fastcifar_jax.augment import normalize
 from fastcifar_jax.losses import num_correct
 from fastcifar_jax.types import Evaluation, Images, Labels, Logits, Pixels
 
@@ -19,16 +18,16 @@ CHUNK = 500  # test images at a time
 
 
 class TTA(Protocol):
-    """What `Recipe.tta` must be: the logits of a batch, from several views of it."""
+    """The type of `Recipe.tta`: the logits of a batch from several views of it."""
 
     def __call__(self, predict: Predict, images: Images) -> Logits:
-        """The logits of `images`, by way of `predict`."""
+        """The logits of `images`, computed with `predict`."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class NoTTA:
-    """The image as it is, for images whose mirror image means something else."""
+    """The unchanged image, for data whose mirror images have another meaning."""
 
     def __call__(self, predict: Predict, images: Images) -> Logits:
         """Logits."""
@@ -82,11 +81,9 @@ def evaluate(
     predict: Predict,
     loss: Callable[[Logits, Labels], Logits],
     tta: TTA,
+    normalize: Callable[[Pixels], Images],
     pixels: Pixels,
     labels: Labels,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    dtype=jnp.float32,
     chunk: int = CHUNK,
 ) -> Evaluation:
     """Loss and correct answers over a test set, plain and with test-time augmentation.
@@ -95,16 +92,14 @@ def evaluate(
       predict: logits of normalised images; batch norm in evaluation mode, so that chunks do not matter.
       loss: per example.
       tta: the augmentation; its plain pass is computed once for both results.
+      normalize: of the recipe.
       pixels: the test images, neither padded nor cropped.
-      labels: one an image.
-      mean: per channel, in 0..255.
-      std: per channel, in 0..255.
-      dtype: of the normalised images.
+      labels: one per image.
       chunk: images at a time.
     """
 
     def sums(pixels, labels):
-        images = normalize(pixels, mean, std, dtype)
+        images = normalize(pixels)
         plain, views = predict(images), tta(predict, images)
         return Evaluation(
             loss(plain, labels).sum(), num_correct(plain, labels), loss(views, labels).sum(), num_correct(views, labels)
@@ -117,12 +112,12 @@ def evaluate(
 def in_chunks(
     f: Callable[..., Any], arrays: tuple[Array, ...], merge: Callable[[Array], Array], chunk: int = CHUNK
 ) -> list[Any]:
-    """What a function gives for the whole chunks of many examples, one after another, and for those left over.
+    """The results of a function for all full chunks of many examples, in sequence, and for the remainder.
 
     Args:
-      f: `f(*arrays)` of some examples.
-      arrays: of one length, at least 1.
-      merge: each array that `f` gives, stacked over the whole chunks, as one of all of them.
+      f: `f(*arrays)` for some examples.
+      arrays: of equal length, at least 1.
+      merge: combines an array of results, stacked over the full chunks.
       chunk: examples at a time.
 
     Returns:

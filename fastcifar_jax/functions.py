@@ -64,8 +64,8 @@ def make_functions(
     if not steps_per_epoch:
         raise ValueError(f"batch_size {batch_size} is larger than the {num_train} training images; set it lower")
     model = recipe.model(num_classes, recipe.compute_dtype)
-    image_dtype = PRECISIONS[recipe.compute_dtype].images
-    as_images = functools.partial(normalize, mean=recipe.mean, std=recipe.std, dtype=image_dtype)
+    dtype = PRECISIONS[recipe.compute_dtype].images
+    as_images = functools.partial(normalize, mean=recipe.mean, std=recipe.std, dtype=dtype)
 
     def transformation(recipe):
         return recipe.optim(recipe.num_epochs, steps_per_epoch, batch_size)
@@ -79,10 +79,10 @@ def make_functions(
     def init(key, dataset):
         images = normalize(dataset.train_images[: recipe.init_images], recipe.mean, recipe.std)
         variables = model.init(key, images)
-        params, batch_stats = variables["params"], variables["batch_stats"]
-        opt_state = transformation(recipe).init(params)
-        average = () if recipe.average is None else recipe.average.init({"params": params, "batch_stats": batch_stats})
-        return TrainState(jnp.int32(0), params, variables["constants"], batch_stats, opt_state, average)
+        trained = {"params": variables["params"], "batch_stats": variables["batch_stats"]}
+        opt_state = transformation(recipe).init(trained["params"])
+        average = () if recipe.average is None else recipe.average.init(trained)
+        return TrainState(jnp.int32(0), **variables, opt_state=opt_state, average=average)
 
     def plan(key, epoch, dataset):
         num_images, height, width, _ = dataset.train_images.shape
@@ -103,31 +103,30 @@ def make_functions(
             return step(0, (state, totals))
         return lax.fori_loop(0, num_steps, step, (state, totals))
 
-    def finalize_batch_stats(state, epoch):
-        # The network itself leaves training mode after every epoch, its average once and for good after the first.
-        if recipe.average is None:
-            return state._replace(batch_stats=model.finalize_batch_stats(state.batch_stats))
-        if epoch == 1:
-            batch_stats = model.finalize_batch_stats(state.average["batch_stats"])
-            return state._replace(average={**state.average, "batch_stats": batch_stats})
-        return state
-
     def evaluate_state(values, state, dataset):
         variables = eval_variables(state)
         predict = lambda images: model.apply(variables, images, False)[0]
-        return evaluate(
-            predict, with_hparams(recipe, values).loss, recipe.tta, dataset.test_images, dataset.test_labels,
-            recipe.mean, recipe.std, image_dtype,
-        )  # fmt: skip
+        loss = with_hparams(recipe, values).loss
+        return evaluate(predict, loss, recipe.tta, as_images, dataset.test_images, dataset.test_labels)
 
-    train_step = train_step_with(hparams(recipe))
-    return TrainFunctions(init, plan, train_step, train_steps, finalize_batch_stats, evaluate_state)
+    finalize = functools.partial(_finalize_batch_stats, model)
+    return TrainFunctions(init, plan, train_step_with(hparams(recipe)), train_steps, finalize, evaluate_state)
+
+
+def _finalize_batch_stats(model, state, epoch):
+    # The network leaves training mode after every epoch, its average only once, after the first.
+    if not state.average:
+        return state._replace(batch_stats=model.finalize_batch_stats(state.batch_stats))
+    if epoch == 1:
+        batch_stats = model.finalize_batch_stats(state.average["batch_stats"])
+        return state._replace(average={**state.average, "batch_stats": batch_stats})
+    return state
 
 
 def over_devices(images: Images) -> Images:
     """Spreads a batch over the devices of the mesh that `jax.set_mesh` has set, along its axis "batch".
 
-    XLA partitions all that is computed from the batch; gradients and statistics become sums over the devices.
+    XLA partitions everything computed from the batch; gradients and statistics become sums over the devices.
 
     Raises:
       ValueError: a batch that is not a multiple of the devices.

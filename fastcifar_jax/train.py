@@ -46,7 +46,7 @@ class CompiledRun(NamedTuple):
 
     init: Callable[[PRNGKeyArray, Dataset], TrainState]
     plan: Callable[[PRNGKeyArray, np.int32, Dataset], EpochPlan]
-    # (epoch, hparams, dataset, plan, state, totals, start, num_steps)
+    # (epoch, hparams, dataset, plan, (state, totals), start, num_steps)
     train_steps: Callable[..., tuple[TrainState, StepInfo]]
     finalize_batch_stats: Callable[[TrainState, int], TrainState]
     evaluate: Callable[[HParams, TrainState, Dataset], Evaluation]
@@ -98,9 +98,9 @@ def compile_run(recipe: Recipe, num_classes: int, dataset: Dataset) -> CompiledR
     for epoch, num_steps in enumerate(steps_of_epochs(recipe, steps_per_epoch), start=1):
         program_of(epoch, num_steps)
 
-    def train_steps(epoch, values, dataset, plan, state, totals, start, num_steps):
+    def train_steps(epoch, values, dataset, plan, carry, start, num_steps):
         program = program_of(epoch, num_steps)
-        return program(values, state, totals, dataset, plan, np.int32(start), np.int32(num_steps))
+        return program(values, *carry, dataset, plan, np.int32(start), np.int32(num_steps))
 
     return CompiledRun(
         init=jit(functions.init).lower(key, dataset).compile(),
@@ -158,7 +158,7 @@ def train_epochs(
         plan = compiled.plan(key_data, np.int32(epoch), dataset)
         run_steps = functools.partial(compiled.train_steps, epoch, values, dataset, plan)
         report = None if on_steps is None else functools.partial(on_steps, epoch)
-        state, totals = _train_epoch(run_steps, compiled.loop, state, zero_totals(recipe), num_steps, report)
+        state, totals = _train_epoch(run_steps, compiled.loop, (state, zero_totals(recipe)), num_steps, report)
         seconds = time.perf_counter() - began
         state = compiled.finalize_batch_stats(state, epoch)
         loss, accuracy = (x.item() / (num_steps * recipe.batch_size) for x in totals)
@@ -169,19 +169,19 @@ def train_epochs(
         yield Snapshot(state, rows, setup_seconds)
 
 
-def _train_epoch(run_steps, loop, state, totals, num_steps, report):
+def _train_epoch(run_steps, loop, carry, num_steps, report):
     """All steps of an epoch in one call, or in blocks of about `BLOCK_SECONDS`, which change no number."""
     done, block = 0, num_steps if loop == "epoch" else 1
     while done < num_steps:
         began = time.perf_counter()
         count = min(block, num_steps - done)
-        state, totals = jax.block_until_ready(run_steps(state, totals, done, count))
+        carry = jax.block_until_ready(run_steps(carry, done, count))
         done += count
         if loop == "block":
             block = max(1, int(BLOCK_SECONDS * count / (time.perf_counter() - began)))
         if report is not None:
             report(done)
-    return state, totals
+    return carry
 
 
 def make_train(recipe: Recipe, num_classes: int) -> Callable[[PRNGKeyArray, Dataset], RunResult]:

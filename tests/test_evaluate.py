@@ -1,9 +1,12 @@
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fastcifar_jax.augment import normalize
 from fastcifar_jax.evaluate import FlipTTA, NoTTA, SixViewTTA, evaluate
 from fastcifar_jax.losses import CrossEntropy
 
@@ -21,11 +24,9 @@ def linear_predict(images):
 def test_matches_numpy_in_any_chunks(num_images, smoothing):
     rng = np.random.default_rng(0)
     pixels, labels = rng.integers(0, 256, (num_images, 8, 8, 3)).astype(np.uint8), rng.integers(0, 5, num_images)
-    found = jax.jit(
-        lambda pixels, labels: evaluate(
-            linear_predict, CrossEntropy(smoothing), FlipTTA(), pixels, labels, MEAN, STD, chunk=10
-        )
-    )(pixels, jnp.asarray(labels, jnp.int32))
+    as_images = functools.partial(normalize, mean=MEAN, std=STD)
+    evaluation = functools.partial(evaluate, linear_predict, CrossEntropy(smoothing), FlipTTA(), as_images, chunk=10)
+    found = jax.jit(evaluation)(pixels, jnp.asarray(labels, jnp.int32))
 
     images = ((pixels - np.array(MEAN)) / np.array(STD)).astype(np.float32)
     plain, mirrored = np.asarray(linear_predict(images)), np.asarray(linear_predict(images[:, :, ::-1]))
