@@ -106,13 +106,8 @@ def ratio(results: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
     if ours is None or theirs is None:
         return None
     ratios = [b / a for a, b in zip(results[ours]["seconds"], results[theirs]["seconds"], strict=True)]
-    return {
-        "jax": ours,
-        "torch": theirs,
-        "median": statistics.median(ratios),
-        "least": min(ratios),
-        "largest": max(ratios),
-    }
+    spread = {"median": statistics.median(ratios), "least": min(ratios), "largest": max(ratios)}
+    return {"jax": ours, "torch": theirs, **spread}
 
 
 def run_bench(

@@ -20,15 +20,7 @@ class EpochPlan(NamedTuple):
 def plan_epoch(recipe: Recipe, seed: int, epoch: int, num_images: int, height: int, width: int) -> EpochPlan:
     """The plan of one epoch of a run, on the CPU (sections 2.3 and 2.4 of the specification).
 
-    The numbers differ from JAX's; their distribution is the same.
-
-    Args:
-      recipe: its augmentations and sampling are used.
-      seed: of the run's plans.
-      epoch: 1-based.
-      num_images: training images.
-      height: of an image, in pixels.
-      width: of an image, in pixels.
+    The numbers differ from JAX's; their distribution is the same. `epoch` is 1-based.
     """
     generator = _generator(seed, epoch)
     shuffled = lambda n: torch.randperm(n, generator=generator)

@@ -16,12 +16,7 @@ def prepare(
 ) -> Callable[[int], None]:
     """A function that takes the first steps of an epoch, as many as its argument says, as runs take them.
 
-    Args:
-      recipe: what to time.
-      num_classes: size of the logits.
-      dataset: NumPy arrays.
-      compiled: whether the network goes through `torch.compile`.
-      tuned: whether freed memory is kept, as for JAX.
+    `compiled` puts the network through `torch.compile`; `tuned` keeps freed memory, as for JAX.
 
     Raises:
       ValueError: a recipe that PyTorch cannot train.

@@ -48,11 +48,7 @@ def num_correct(logits: Tensor, labels: Tensor) -> Tensor:
 def evaluate(recipe: Recipe, network: nn.Module, images: Tensor, labels: Tensor) -> Evaluation:
     """Loss and correct answers over a test set, plain and with test-time augmentation, as Python numbers.
 
-    Args:
-      recipe: its loss, test-time augmentation and compute dtype are used.
-      network: left in evaluation mode.
-      images: uint8, `[n, height, width, 3]`.
-      labels: one per image.
+    `images` are uint8, `[n, height, width, 3]`; the network is left in evaluation mode.
     """
     network.eval()
     sums = []

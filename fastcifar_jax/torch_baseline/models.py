@@ -3,8 +3,6 @@
 Modules have the names of the package's networks: `layer1.block.norm.bias` here is `layer1/block/norm/bias` there.
 """
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -41,11 +39,7 @@ class GhostBatchNorm(nn.Module):
         return super().train(mode)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalised maps; statistics are those of each group in training, running ones in evaluation.
-
-        Args:
-          x: `[batch, channels, height, width]`; in training the batch is a multiple of the groups.
-        """
+        """Normalised maps, `[batch, channels, height, width]`; in training the batch is a multiple of the groups."""
         config = self.config
         if not self.training:
             mean, var = (s[0] if config.eval_first_group else s.mean(0) for s in (self.mean, self.var))
@@ -70,7 +64,7 @@ def activate(x: Tensor, activation: Relu | Celu | Gelu) -> Tensor:
     return F.celu(x, activation.alpha)
 
 
-class Block(nn.Module):
+class _Block(nn.Module):
     """Some of convolution, norm, activation and 2x2 max-pool, in the order of their names in `order`."""
 
     def __init__(self, model: ResNet9 | AirNet, order: str, inputs: int, outputs: int, size: int = 3):
@@ -83,7 +77,6 @@ class Block(nn.Module):
                 nn.init.dirac_(self.conv.weight[:inputs])
 
     def forward(self, x: Tensor) -> Tensor:
-        """One block."""
         for name in self.order:
             if name == "conv":
                 x = self.conv(x)
@@ -96,18 +89,17 @@ class Block(nn.Module):
         return x
 
 
-class Layer(nn.Module):
+class _Layer(nn.Module):
     """A pooling block, then a residual pair and an extra block where the network has them."""
 
     def __init__(self, model: ResNet9, name: str, inputs: int, outputs: int):
         super().__init__()
-        block = lambda: Block(model, "conv_norm_act", outputs, outputs)
-        self.block = Block(model, model.pool_order, inputs, outputs)
+        block = lambda: _Block(model, "conv_norm_act", outputs, outputs)
+        self.block = _Block(model, model.pool_order, inputs, outputs)
         self.res1, self.res2 = (block(), block()) if name in model.res_layers else (None, None)
         self.extra = block() if name in model.extra_layers else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """One layer."""
         x = self.block(x)
         if self.res1 is not None:
             x = x + self.res2(self.res1(x))  # no activation after the sum
@@ -123,9 +115,9 @@ class TorchResNet9(nn.Module):
         prep, *widths = model.channels
         self.whiten = nn.Conv2d(3, 27, 3, padding=1, bias=False).requires_grad_(False) if model.whiten else None
         inputs, size = (27, 1) if model.whiten else (3, 3)
-        self.prep = Block(model, "conv_norm_act", inputs, prep, size)
+        self.prep = _Block(model, "conv_norm_act", inputs, prep, size)
         for i, (before, after) in enumerate(zip((prep, *widths), widths, strict=False), start=1):
-            self.add_module(f"layer{i}", Layer(model, f"layer{i}", before, after))
+            self.add_module(f"layer{i}", _Layer(model, f"layer{i}", before, after))
         self.linear = nn.Linear(widths[-1], num_classes, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -145,9 +137,9 @@ class TorchAirNet(nn.Module):
         self.whiten.weight.requires_grad_(False)
         widths = (24, *model.channels)
         for group in (1, 2, 3):
-            self.add_module(f"group{group}_1", Block(model, "conv_pool_norm", widths[group - 1], widths[group]))
+            self.add_module(f"group{group}_1", _Block(model, "conv_pool_norm", widths[group - 1], widths[group]))
             for i in range(2, model.convs + 1):
-                self.add_module(f"group{group}_{i}", Block(model, "conv_norm", widths[group], widths[group]))
+                self.add_module(f"group{group}_{i}", _Block(model, "conv_norm", widths[group], widths[group]))
         self.linear = nn.Linear(widths[-1], num_classes, bias=False)
         with torch.no_grad():
             if model.whiten_bias == "zeros":
@@ -168,24 +160,17 @@ class TorchAirNet(nn.Module):
         return self.linear(F.adaptive_max_pool2d(x, 1).flatten(1)) * self.model.output_scale
 
 
-NETWORKS: dict[type, Callable[..., nn.Module]] = {ResNet9: TorchResNet9, AirNet: TorchAirNet}
-
-
 def make_network(
     model: ResNet9 | AirNet, num_classes: int, seed: int, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> nn.Module:
     """A network with PyTorch's initial weights, without its whitening filters.
 
-    Args:
-      model: the network of the recipe.
-      num_classes: size of the logits.
-      seed: of the weights; PyTorch's global generators are left as they were.
-      device: of the network; the weights do not depend on it.
-      dtype: of weights and statistics.
+    The weights depend on the seed alone, and PyTorch's global generators are left as they were.
     """
+    kind = TorchAirNet if isinstance(model, AirNet) else TorchResNet9
     with torch.random.fork_rng(devices=[]):  # the layers draw from the global generator
         torch.default_generator.manual_seed(seed)
-        network = NETWORKS[type(model)](model, num_classes)
+        network = kind(model, num_classes)
     return network.to(device, dtype, memory_format=torch.channels_last)
 
 
@@ -214,14 +199,8 @@ def patch_moments(images: Tensor, size: int) -> np.ndarray:
 def whitening_filters(images: Tensor, eps: float, size: int) -> Tensor:
     """Filters whose responses to the patches of `images` are uncorrelated (section 5 of the specification).
 
-    Args:
-      images: normalised and not padded, `[n, 3, height, width]`.
-      eps: added to the eigenvalues of the patches' second moments.
-      size: height and width of the patches, in pixels.
-
-    Returns:
-      `[3 * size * size, 3, size, size]` in the images' dtype, eigenvalues in descending order. The sign of a filter is
-      the solver's choice.
+    `[3 * size * size, 3, size, size]`, eigenvalues in descending order; `eps` is added to these. The sign of a filter
+    is the solver's choice.
     """
     eigenvalues, eigenvectors = np.linalg.eigh(patch_moments(images, size))  # ascending; eigenvectors are columns
     bank = eigenvectors / np.sqrt(np.maximum(eigenvalues, 0) + eps)

@@ -34,12 +34,11 @@ class Nesterov(torch.optim.Optimizer):
         super().__init__(groups, {"momentum": momentum, "batch_size": batch_size})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self) -> None:
         """One step."""
-        del closure
         for group in self.param_groups:
             params, lr, momentum = group["params"], group["lr"], group["momentum"]
-            velocity = [_state(self, p) for p in params]
+            velocity = [_velocity(self, p) for p in params]
             change = torch._foreach_mul([p.grad for p in params], -lr / group["batch_size"])
             torch._foreach_add_(change, params, alpha=-lr * group["weight_decay"])
             torch._foreach_mul_(velocity, momentum)
@@ -57,17 +56,15 @@ class Muon(torch.optim.Optimizer):
         self.dtype = None if config.compute_dtype is None else getattr(torch, config.compute_dtype)
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self) -> None:
         """One step."""
-        del closure
-        momentum = self.config.momentum
-        for group in self.param_groups:
-            for p in group["params"]:
-                velocity = _state(self, p).mul_(momentum).add_(p.grad)
-                update = p.grad.add(velocity, alpha=momentum).flatten(1)
-                p.mul_(math.sqrt(len(p)) / p.norm())
-                update = orthogonalize(update, self.config.newton_schulz_steps, self.dtype)
-                p.sub_(update.view(p.shape), alpha=group["lr"])
+        [group], config = self.param_groups, self.config
+        for p in group["params"]:
+            velocity = _velocity(self, p).mul_(config.momentum).add_(p.grad)
+            update = p.grad.add(velocity, alpha=config.momentum).flatten(1)
+            p.mul_(math.sqrt(len(p)) / p.norm())
+            update = orthogonalize(update, config.newton_schulz_steps, self.dtype)
+            p.sub_(update.view(p.shape), alpha=group["lr"])
 
 
 def orthogonalize(matrix: Tensor, steps: int, dtype: torch.dtype | None) -> Tensor:
@@ -82,11 +79,10 @@ def orthogonalize(matrix: Tensor, steps: int, dtype: torch.dtype | None) -> Tens
     return (x.T if tall else x).to(matrix.dtype)
 
 
-def _state(optimizer, p):
-    state = optimizer.state[p]
-    if not state:
-        state["momentum_buffer"] = torch.zeros_like(p)
-    return state["momentum_buffer"]
+def _velocity(optimizer, p):
+    if p not in optimizer.state:
+        optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    return optimizer.state[p]["momentum_buffer"]
 
 
 def make_optimizers(recipe: Recipe, network: nn.Module, steps_per_epoch: int) -> list[ScheduledOptimizer]:
@@ -177,14 +173,9 @@ def triangle(schedule: Triangle, num_steps: int) -> Schedule:
 
 
 def update_average(recipe: Recipe, slow: list[Tensor], fast: list[Tensor], count: int, steps_per_epoch: int) -> None:
-    """Moves the average `slow` towards the weights and statistics `fast` if it is due; Lookahead sets `fast` to it.
+    """Moves the average `slow` towards the network's tensors `fast` if it is due; Lookahead then sets `fast` to it.
 
-    Args:
-      recipe: its average is used.
-      slow: tensors of the average.
-      fast: those of the network.
-      count: steps taken, including the current one.
-      steps_per_epoch: steps in one epoch.
+    `count` is the number of steps taken, including the current one.
     """
     average = recipe.average
     if isinstance(average, Ema):

@@ -47,14 +47,9 @@ class Trainer:
         return self.network if self.average is None else self.average
 
     def step(self, images: Tensor, labels: Tensor) -> StepInfo:
-        """Forward, backward, update, average.
+        """Forward, backward, update, average; returns sums over the batch, of the pass that was differentiated.
 
-        Args:
-          images: normalised and augmented, `[batch, 3, height, width]`.
-          labels: one per image.
-
-        Returns:
-          Sums over the batch, of the forward pass that was differentiated.
+        `images` are normalised and augmented, `[batch, 3, height, width]`.
         """
         logits = predict(self.recipe, self._forward, images)
         loss = summed_loss(self.recipe, logits, labels)
