@@ -98,7 +98,8 @@ def test_round_trip_is_bitwise_and_of_the_averaged_weights(state, tmp_path):
     assert (model.seed, model.test_accuracy, model.tta_accuracy) == (3, 0.25, 0.5)
     assert model.recipe == LINEAR
     mean, std = (np.array(x, np.float32) for x in (LINEAR.mean, LINEAR.std))
-    expected = quadrants((images - mean) / std) @ np.asarray(average["w"]) + average["whiten"]["bias"]
+    w, bias = np.asarray(average["w"]), np.asarray(average["whiten"]["bias"])
+    expected = quadrants((images - mean) / std) @ w + bias
     np.testing.assert_allclose(model.logits(images)[0], expected, atol=1e-5)
 
 
