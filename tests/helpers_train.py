@@ -46,9 +46,15 @@ def numbers(result):
     return [info._replace(train_seconds=0.0) for info in result.epochs]
 
 
+def quadrants(images):
+    """Mean colours of the quadrants, `[n, 12]`."""
+    n, height, width, _ = images.shape
+    return images.reshape(n, 2, height // 2, 2, width // 2, 3).mean((2, 4)).reshape(n, 12)
+
+
 @dataclasses.dataclass(frozen=True)
 class Linear:
-    """Mean colours times a matrix, and a bias: compiled in no time. A seed whose coin shows heads starts from NaN."""
+    """The quadrants' mean colours times a matrix; quick to compile. A seed whose coin shows heads starts from NaN."""
 
     coin: bool = False
 
@@ -58,15 +64,15 @@ class Linear:
     def __call__(self, num_classes, compute_dtype):
         def init(key, images):
             heads = jax.random.bernoulli(key) & self.coin
-            w = jnp.full((3, num_classes), jnp.where(heads, jnp.nan, 0), "float32")
+            w = jnp.full((12, num_classes), jnp.where(heads, jnp.nan, 0), "float32")
             params = {"w": w, "whiten": {"bias": jnp.zeros(num_classes, "float32")}}  # which airbench94 freezes
             return {"params": params, "constants": {}, "batch_stats": {}}
 
         def apply(variables, images, train):
             w, bias = variables["params"]["w"], variables["params"]["whiten"]["bias"]
-            return images.mean((1, 2)) @ w + bias[None], {}
+            return quadrants(images) @ w + bias[None], {}
 
-        return Model(init, apply, lambda stats: stats, lambda variables, images: {"w": 3 * num_classes})
+        return Model(init, apply, lambda stats: stats, lambda variables, images: {"w": 12 * num_classes})
 
 
 def linear(num_epochs=2, coin=False, recipe=baseline):

@@ -152,9 +152,13 @@ def test_evaluation_uses_the_average(final_run):
     assert not np.array_equal(variables["params"]["linear"], snapshots[-1].state.params["linear"])
 
 
-def test_it_learns():
-    """100 steps of the baseline tell the quadrants apart; chance is 0.25."""
-    recipe = replace(small(baseline, num_epochs=20), augmentations=())
+@pytest.mark.parametrize(
+    "recipe",
+    [linear(20), pytest.param(small(baseline, 20, augmentations=()), marks=pytest.mark.slow)],
+    ids=["linear", "baseline"],
+)
+def test_it_learns(recipe):
+    """100 steps tell the quadrants apart; chance is 0.25."""
     result = make_train(recipe, num_classes=4)(KEY, make_dataset(160, 40))
     assert result.epochs[-1].test_accuracy > 0.9
     assert result.epochs[-1].train_loss < result.epochs[0].train_loss

@@ -62,11 +62,11 @@ def run(
     with usage_errors():
         for spec in specs if options.save else ():
             saved_model.check_saveable(spec.recipe, spec.data.info, spec.data.dataset)
+        devices = make_mesh(*(mesh or (None, 1))) if together else None
         if hosts.writes_records():
             make_folders(specs, settings)
             for spec, seed in itertools.product(specs, seeds):
                 existing_record(spec, settings, seed)  # a damaged record is found before anything is trained
-        devices = make_mesh(*(mesh or (None, 1))) if together else None
         write_log = logging.tensorboard(options.out / "tensorboard") if log else None
     return _train(specs, seeds, settings, devices, write_log, console)
 

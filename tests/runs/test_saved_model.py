@@ -7,7 +7,6 @@ import pickle
 import tracemalloc
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import chex
 import jax
@@ -27,13 +26,13 @@ from fastcifar_jax.models.activations import Celu
 from fastcifar_jax.models.layers import BatchNormConfig
 from fastcifar_jax.models.resnet9 import ResNet9
 from fastcifar_jax.recipe import Recipe
-from fastcifar_jax.runs import experiments, records
-from fastcifar_jax.runs.saved_model import FACTS, SavedModel, SavedModelError, load_model, of_run, save_model
+from fastcifar_jax.runs import records
+from fastcifar_jax.runs.saved_model import FACTS, SavedModelError, load_model, of_run, save_model
 from fastcifar_jax.train import make_train
-from fastcifar_jax.types import Dataset
-from tests.helpers_cli import TRICK, train_and_test
+from tests.helpers_cli import train_and_test
 from tests.helpers_data import write_npz
 from tests.helpers_fuzz import COUNTS, changed, fuzz, mutants, set_value
+from tests.helpers_train import DATASET, NUM_TRAIN, linear, quadrants
 
 RESNET9 = """
 from dataclasses import replace
@@ -44,131 +43,101 @@ optim = replace(final.optim, peak_lr=0.1, schedule=replace(final.optim.schedule,
 model = replace(final.model, norm=norm, res_layers=("layer3",)).with_width(2)
 RECIPE = replace(final, num_epochs=2, batch_size=64, model=model, optim=optim, compute_dtype="mixed")
 """
-SMOOTHING = 0.2  # in its loss
 
 
-class Run(NamedTuple):
-    path: Path  # of the model
-    record: records.Record
-    source: str
-    dataset: Dataset
-    info: data.DataInfo
-    model: SavedModel
-    logits: tuple[np.ndarray, np.ndarray]
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A real run with --save, and what its model gives; the test set is a whole chunk and a part of one."""
-    folder = tmp_path_factory.mktemp("resnet9")
-    (folder / "resnet9.py").write_text(RESNET9)
-    source = str(write_npz(folder / "tiny.npz", train_and_test(130, 520)))
-    arguments = ["run", str(folder / "resnet9.py"), "--save", "--data", source, "--out", str(folder / "runs")]
+def test_a_real_run(tmp_path):
+    """`run --save`: the model gives what is on record, and is the same file when saved again."""
+    (tmp_path / "resnet9.py").write_text(RESNET9)
+    source = str(write_npz(tmp_path / "tiny.npz", train_and_test(130, 520)))  # to test: one chunk and a part of one
+    arguments = ["run", str(tmp_path / "resnet9.py"), "--save", "--data", source, "--out", str(tmp_path / "runs")]
     with pytest.raises(SystemExit) as end:
         cli.main(arguments)
     assert end.value.code == 0
-    [(path, record)] = records.find(folder / "runs").items()
+    [(path, record)] = records.find(tmp_path / "runs").items()
     path = path.with_suffix(".safetensors")
-    model = load_model(path)
-    dataset, info = data.load_data(source)
-    return Run(path, record, source, dataset, info, model, model.logits(dataset.test_images))
-
-
-def test_equals_the_record(run):
-    labels, model, record = run.dataset.test_labels, run.model, run.record
-    for name, found in zip(("test", "tta"), run.logits, strict=True):
+    model, (dataset, info) = load_model(path), data.load_data(source)
+    labels, logits = dataset.test_labels, model.logits(dataset.test_images)
+    for name, found in zip(("test", "tta"), logits, strict=True):
         assert (found.argmax(-1) == labels).sum() / len(labels) == record.result[f"{name}_accuracy"]
         assert getattr(model, f"{name}_accuracy") == record.result[f"{name}_accuracy"]
-        loss = CrossEntropy(SMOOTHING)(jnp.asarray(found), jnp.asarray(labels)).mean()
+        loss = CrossEntropy(0.2)(jnp.asarray(found), jnp.asarray(labels)).mean()
         np.testing.assert_allclose(loss, getattr(record.epochs[-1], f"{name}_loss"), rtol=1e-6)
-    assert (run.logits[0] != run.logits[1]).any()
+    assert (logits[0] != logits[1]).any()
 
     assert (model.recipe.name, model.recipe.hash, model.seed) == (record.experiment, record.recipe_hash, 0)
-    assert repr(model.recipe) == record.recipe_repr and model.classes == run.info.classes
-    assert (model.data_source, model.data_hash) == (run.source, record.provenance.data["hash"])
+    assert repr(model.recipe) == record.recipe_repr and model.classes == info.classes
+    assert (model.data_source, model.data_hash) == (source, record.provenance.data["hash"])
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(model.variables))
-    probabilities = model.predict(run.dataset.test_images[:2])
     # A chunk of another size may round differently, here to bfloat16.
-    np.testing.assert_allclose(probabilities, jax.nn.softmax(run.logits[1][:2]), atol=1e-2)
+    np.testing.assert_allclose(model.predict(dataset.test_images[:2]), jax.nn.softmax(logits[1][:2]), atol=1e-2)
+    save_model(model, tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
 
 
-def test_saved_again_it_is_the_same_file(run, tmp_path):
-    save_model(run.model, tmp_path / "again.safetensors")
-    [path] = tmp_path.iterdir()
-    assert path.read_bytes() == run.path.read_bytes()
+LINEAR = replace(linear(), tta=SixViewTTA(), average=Ema(0.9, 1))
+INFO = data.DataInfo("tiny.npz", "f00d", tuple("abcd"), NUM_TRAIN, 20)
 
 
 @pytest.fixture(scope="module")
-def trained_trick(tmp_path_factory):
-    """`(recipe, data, info, state)` of a linear network with six views, whose weights are averaged."""
-    folder = tmp_path_factory.mktemp("trick")
-    (folder / "trick.py").write_text(TRICK)
-    [experiment] = experiments.resolve((str(folder / "trick.py"),), None)
-    recipe = replace(experiment.recipe, tta=SixViewTTA(), average=Ema(0.9, 1), compute_dtype="float32")
-    dataset, info = data.load_data(str(write_npz(folder / "tiny.npz", train_and_test())))
-    return recipe, dataset, replace(info, source="tiny.npz"), make_train(recipe, 10)(jax.random.key(0), dataset).state
+def state():
+    """The end of a run of a linear network with six views, whose weights are averaged."""
+    return make_train(LINEAR, 4)(jax.random.key(0), DATASET).state
 
 
-@pytest.fixture
-def trick(workplace, trained_trick):
-    return trained_trick
+def model_of(state, **changes):
+    return replace(of_run(LINEAR, INFO, DATASET, 3, eval_variables(state), (0.25, 0.5)), **changes)
 
 
-def model_of(trick, **changes):
-    recipe, dataset, info, state = trick
-    return replace(of_run(recipe, info, dataset, 3, eval_variables(state), (0.25, 0.5)), **changes)
-
-
-def test_round_trip_is_bitwise_and_of_the_averaged_weights(trick):
-    recipe, dataset, _, state = trick
-    save_model(model_of(trick), Path("deep/folder/a.safetensors"))
-    model = load_model("deep/folder/a.safetensors", recipe)
+def test_round_trip_is_bitwise_and_of_the_averaged_weights(state, tmp_path):
+    path, images, average = tmp_path / "deep/a.safetensors", np.asarray(DATASET.test_images), state.average["params"]
+    save_model(model_of(state), path)
+    model = load_model(path, LINEAR)
     chex.assert_trees_all_equal(model.variables, eval_variables(state))
-    chex.assert_trees_all_equal(model.variables["params"], state.average["params"])
+    chex.assert_trees_all_equal(model.variables["params"], average)
     assert (model.variables["params"]["w"] != state.params["w"]).any()
     assert (model.seed, model.test_accuracy, model.tta_accuracy) == (3, 0.25, 0.5)
-    assert model.recipe == recipe
-    mean, std = (np.array(x, np.float32) for x in (recipe.mean, recipe.std))
-    expected = ((dataset.test_images - mean) / std).mean((1, 2)) @ np.asarray(state.average["params"]["w"])
-    np.testing.assert_allclose(model.logits(dataset.test_images)[0], expected, atol=1e-5)
+    assert model.recipe == LINEAR
+    mean, std = (np.array(x, np.float32) for x in (LINEAR.mean, LINEAR.std))
+    w, bias = np.asarray(average["w"]), np.asarray(average["whiten"]["bias"])
+    expected = quadrants((images - mean) / std) @ w + bias
+    np.testing.assert_allclose(model.logits(images)[0], expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("num_images", [0, 1, 3, 501])
-def test_predicts_any_number_of_images(trick, num_images):
-    images = np.random.default_rng(1).integers(0, 256, (num_images, 32, 32, 3), np.uint8)
-    model = model_of(trick)
+def test_predicts_any_number_of_images(state, num_images):
+    images = np.random.default_rng(1).integers(0, 256, (num_images, 16, 16, 3), np.uint8)
+    model = model_of(state)
     found = model.predict(jnp.asarray(images))
-    assert found.dtype == np.float32 and found.shape == (num_images, 10)
+    assert found.dtype == np.float32 and found.shape == (num_images, 4)
     if num_images:
         np.testing.assert_allclose(found, jax.nn.softmax(model.logits(images)[1]), rtol=1e-5)
 
 
-def test_own_network_comes_from_the_caller(trick):
-    recipe = trick[0]
-    save_model(model_of(trick), Path("a.safetensors"))
+def test_own_network_comes_from_the_caller(state, tmp_path):
+    save_model(model_of(state), tmp_path / "a.safetensors")
     with pytest.raises(SavedModelError, match=r"a\.safetensors: recipe\.model: .*'Linear', .*recipe=my_recipe"):
-        load_model("a.safetensors")
-    wide = replace(recipe, model=recipe.model.with_width(4))
-    assert load_model("a.safetensors", wide).recipe == recipe  # the class is the caller's, its values are the file's
+        load_model(tmp_path / "a.safetensors")
+    other = replace(LINEAR, model=replace(LINEAR.model, coin=True))  # the class is the caller's, its values the file's
+    assert load_model(tmp_path / "a.safetensors", other).recipe == LINEAR
 
 
-def test_other_images_are_refused(trick):
-    model = model_of(trick)
+def test_other_images_are_refused(state):
+    model = model_of(state)
     uint8 = lambda *shape: np.zeros(shape, np.uint8)
-    for images in (np.zeros((2, 32, 32, 3)), uint8(32, 32, 3), uint8(2, 3, 32, 32), [[0]]):
+    for images in (np.zeros((2, 16, 16, 3)), uint8(16, 16, 3), uint8(2, 3, 16, 16), [[0]]):
         for method in (model.predict, model.logits):
-            with pytest.raises(ValueError, match=r"expected uint8 \(n, 32, 32, 3\)"):
+            with pytest.raises(ValueError, match=r"expected uint8 \(n, 16, 16, 3\)"):
                 method(images)
     with pytest.raises(ValueError, match="give at least one"):
-        model.logits(uint8(0, 32, 32, 3))
+        model.logits(uint8(0, 16, 16, 3))
 
 
-def test_logits_must_be_finite(trick):
-    variables = {"params": {"w": jnp.full((3, 10), 3e38)}, "constants": {}, "batch_stats": {}}
-    model = model_of(trick, variables=variables)
+def test_logits_must_be_finite(state):
+    variables = jax.tree.map(lambda x: jnp.full_like(x, 3e38), eval_variables(state))
+    model = model_of(state, variables=variables)
     for method in (model.predict, model.logits):
         with pytest.raises(SavedModelError, match="not finite"):
-            method(np.full((1, 32, 32, 3), 255, np.uint8))
+            method(np.full((1, 16, 16, 3), 255, np.uint8))
 
 
 # Model files from anywhere: whatever the bytes, they load or are refused with one documented error.
