@@ -1,7 +1,7 @@
-"""Augmentations, and how an epoch's choices are drawn.
+"""Augmentations, and the sampling of their options for an epoch.
 
-An augmentation is a finite list of options and a function that applies one of them to one image. The choices of a
-whole epoch are drawn at once, a few bytes an image; pixels are touched batch by batch, inside the training step.
+An augmentation is a finite list of options and a function that applies one of them to one image. The choices for a
+whole epoch are drawn at once, a few bytes per image; the pixels are computed per batch, inside the training step.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ Image = Float[Array, "height width channels"]  # normalised: 0 is the mean colou
 
 
 class Augmentation(Protocol):
-    """What each of `Recipe.augmentations` must be."""
+    """The type of each of `Recipe.augmentations`."""
 
     def options(self, height: int, width: int) -> np.ndarray:
         """All options for images of this size: an array whose rows are the options."""
@@ -32,10 +32,10 @@ class Augmentation(Protocol):
 
 @runtime_checkable
 class EpochDependent(Protocol):
-    """An augmentation whose options in one epoch follow from those in another; overrules `Recipe.sampling`."""
+    """An augmentation whose choices depend on other epochs; takes precedence over `Recipe.sampling`."""
 
     def choices_for_epoch(self, key: PRNGKeyArray, epoch: Int[Array, ""], num_images: int) -> Int[Array, " images"]:
-        """The row of its options that each image gets in an epoch (1-based); `key` is the same in every epoch."""
+        """For each image a row of `options`, in an epoch (1-based); `key` is the same in every epoch."""
         ...
 
 
@@ -43,11 +43,11 @@ class EpochPlan(NamedTuple):
     """The order of an epoch's images and the option that each image gets from each augmentation."""
 
     order: Int[Array, " images"]  # position in the epoch -> image
-    choices: tuple[Int[Array, " images"], ...]  # one array an augmentation: image -> row of its options
+    choices: tuple[Int[Array, " images"], ...]  # per augmentation: image -> row of its options
 
 
 class Sampling(Protocol):
-    """What `Recipe.sampling` must be: how an epoch is planned."""
+    """The type of `Recipe.sampling`: makes the plan of an epoch."""
 
     def __call__(
         self, key: PRNGKeyArray, augmentations: tuple[Augmentation, ...], num_images: int, height: int, width: int
@@ -58,7 +58,7 @@ class Sampling(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Crop:
-    """Reflect-pads by `padding` pixels and cuts a window of the old size at a random place.
+    """Reflect-pads by `padding` pixels and cuts a window of the original size at a random position.
 
     Attributes:
       padding: pixels on each side; the edge pixel is not repeated. 4 gives 9 x 9 = 81 options.
@@ -109,7 +109,7 @@ class Flip:
 class AlternatingFlip(Flip):
     """Mirrors a random half in the first epoch, the others in the second, and so on (airbench.md, section 4).
 
-    Each pair of epochs shows every image both ways, where `Flip` would show a quarter of them one way only, twice.
+    Each pair of epochs shows every image both ways. With `Flip`, half of the images look the same in both epochs.
     """
 
     def choices_for_epoch(self, key: PRNGKeyArray, epoch: Int[Array, ""], num_images: int) -> Int[Array, " images"]:
@@ -120,10 +120,10 @@ class AlternatingFlip(Flip):
 
 @dataclasses.dataclass(frozen=True)
 class Cutout:
-    """Sets a square to 0 in normalised units, the mean colour, always fully inside the image.
+    """Sets a square inside the image to 0 in normalised units, the mean colour.
 
     Attributes:
-      size: side of the square, in pixels. 8 on 32x32 gives 25 x 25 = 625 options.
+      size: height and width of the square, in pixels. 8 on 32x32 gives 25 x 25 = 625 options.
 
     Example:
       >>> Cutout(size=2)(jnp.ones((3, 3, 1)), jnp.array([1, 0]))[:, :, 0].tolist()
@@ -169,14 +169,13 @@ class IndependentSampling:
 
 @dataclasses.dataclass(frozen=True)
 class GroupedSampling:
-    """Cuts a shuffled epoch into one group per option, anew for each augmentation (section 2.3).
+    """Shuffles the images and splits them into one group per option, for each augmentation in turn (section 2.3).
 
     The groups' sizes differ by at most one, so exactly half of an even number of images are flipped. The original
-    rebuilds the whole data set transform by transform; here the permutations are composed instead and every image
-    remembers its options, which gives the same batches (`tests/test_augment.py` holds the twin).
+    rebuilds the whole data set for each transform; composing the permutations gives the same batches.
 
     Attributes:
-      max_options: at most so many options of each augmentation are used in one epoch, drawn anew; None for all.
+      max_options: limit of the options per augmentation that are used in one epoch, drawn at random; None for all.
     """
 
     max_options: int | None = 200
@@ -210,14 +209,14 @@ def plan_epoch(
     height: int,
     width: int,
 ) -> EpochPlan:
-    """The plan of an epoch of a run: drawn anew, but for augmentations that are `EpochDependent`.
+    """The plan of an epoch of a run: drawn per epoch, except for augmentations that are `EpochDependent`.
 
     Args:
       key: of the run's data.
       epoch: 1-based.
       sampling: of the recipe.
       augmentations: of the recipe.
-      num_images: training images.
+      num_images: number of training images.
       height: of an image, in pixels.
       width: of an image, in pixels.
     """
@@ -247,8 +246,8 @@ def normalize(pixels: Pixels, mean: tuple[float, ...], std: tuple[float, ...], d
 
     Args:
       pixels: 0..255.
-      mean: one a channel, in 0..255.
-      std: one a channel, in 0..255.
+      mean: per channel, in 0..255.
+      std: per channel, in 0..255.
       dtype: of the result.
     """
     over_maps = lambda constant: jnp.asarray(constant, dtype)[None, None, None, :]
@@ -263,7 +262,7 @@ def augment(
     Args:
       images: normalised.
       augmentations: in the order they are applied.
-      choices: one array an augmentation: the row of its options that each image gets.
+      choices: per augmentation, for each image a row of its options.
     """
     _, height, width, _ = images.shape
     for augmentation, choice in zip(augmentations, choices, strict=True):

@@ -12,22 +12,22 @@ from fastcifar_jax.types import Params
 
 
 class Progress(NamedTuple):
-    """Where in a run a step is."""
+    """Position of a step in a run."""
 
-    step: Int[Array, ""]  # steps taken, with this one
-    batch_index: Int[Array, ""]  # of its batch in the epoch, 0-based
+    step: Int[Array, ""]  # steps taken, including this one
+    batch_index: Int[Array, ""]  # of the step's batch in the epoch, 0-based
     num_steps: int  # of the whole run
 
 
 class Average(Protocol):
-    """What `Recipe.average` must be: an average of `{"params": ..., "batch_stats": ...}` over the steps of a run."""
+    """The type of `Recipe.average`: an average of `{"params": ..., "batch_stats": ...}` over the steps of a run."""
 
     def init(self, variables: Params) -> Params:
         """The average before the first step."""
         ...
 
     def update(self, average: Params, variables: Params, progress: Progress) -> tuple[Params, Params]:
-        """The average after a step, and the variables that training goes on with."""
+        """The average after a step, and the variables that training continues with."""
         ...
 
 
@@ -35,11 +35,11 @@ class Average(Protocol):
 class Ema:
     """Exponential moving average of the weights and of the batch norm statistics, without debiasing (section 3.7).
 
-    It starts from the initial weights, so it is poor for the first epochs by design.
+    It starts from the initial weights, so evaluations in the first epochs are poor.
 
     Attributes:
-      decay: share kept per step; an update every `every` steps keeps `decay ** every`.
-      every: steps between updates. The count starts anew in each epoch: batch 0, `every`, 2 `every`, ...
+      decay: fraction kept per step; an update every `every` steps keeps `decay ** every`.
+      every: steps between updates, which follow batch 0, `every`, 2 `every`, ... of each epoch.
     """
 
     decay: float = 0.99
@@ -50,7 +50,7 @@ class Ema:
             raise ValueError(f"Ema has decay {self.decay}, every {self.every}; expected 0 <= decay < 1, every >= 1")
 
     def init(self, variables: Params) -> Params:
-        """A copy, so that donating the state never hands one buffer over twice."""
+        """A copy, since a buffer of the donated state must not occur in it twice."""
         return jax.tree.map(jnp.copy, variables)
 
     def update(self, average: Params, variables: Params, progress: Progress) -> tuple[Params, Params]:
@@ -66,15 +66,15 @@ class Ema:
 
 @dataclasses.dataclass(frozen=True)
 class Lookahead:
-    """Slow weights and batch norm statistics that training is set back to (airbench.md, section 5).
+    """Slow weights and batch norm statistics, to which training is reset (airbench.md, section 5).
 
     After every `every`-th step s of T: `slow <- d * slow + (1 - d) * fast` with `d = decay ** every * (s / T) ** 3`,
-    then `fast <- slow`. Momentum is left alone. The slow copy is what is evaluated, so the steps after the last of
-    these count for nothing.
+    then `fast <- slow`; momentum is unchanged. The slow copy is evaluated, so the steps after its last update have no
+    effect.
 
     Attributes:
-      decay: share of the slow copy that a step would keep at the end of the run.
-      every: steps between two looks.
+      decay: fraction of the slow copy that a step would keep at the end of the run.
+      every: steps between updates of the slow copy.
     """
 
     decay: float = 0.95
@@ -87,11 +87,11 @@ class Lookahead:
             )
 
     def init(self, variables: Params) -> Params:
-        """A copy, so that donating the state never hands one buffer over twice."""
+        """A copy, since a buffer of the donated state must not occur in it twice."""
         return jax.tree.map(jnp.copy, variables)
 
     def update(self, average: Params, variables: Params, progress: Progress) -> tuple[Params, Params]:
-        """The slow copy after a step, and the fast one, which is the slow one after every `every`-th step."""
+        """The slow copy after a step, and the fast one, which equals it after every `every`-th step."""
         share = progress.step.astype(jnp.result_type(float)) / progress.num_steps
         keep = self.decay**self.every * share**3
 

@@ -19,16 +19,16 @@ CHUNK = 500  # test images at a time
 
 
 class TTA(Protocol):
-    """What `Recipe.tta` must be: the logits of a batch, from several views of it."""
+    """The type of `Recipe.tta`: the logits of a batch from several views of it."""
 
     def __call__(self, predict: Predict, images: Images) -> Logits:
-        """The logits of `images`, by way of `predict`."""
+        """The logits of `images`, computed with `predict`."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class NoTTA:
-    """The image as it is, for images whose mirror image means something else."""
+    """The unchanged image, for data whose mirror images have another meaning."""
 
     def __call__(self, predict: Predict, images: Images) -> Logits:
         """Logits."""
@@ -96,7 +96,7 @@ def evaluate(
       loss: per example.
       tta: the augmentation; its plain pass is computed once for both results.
       pixels: the test images, neither padded nor cropped.
-      labels: one an image.
+      labels: one per image.
       mean: per channel, in 0..255.
       std: per channel, in 0..255.
       dtype: of the normalised images.
@@ -117,12 +117,12 @@ def evaluate(
 def in_chunks(
     f: Callable[..., Any], arrays: tuple[Array, ...], merge: Callable[[Array], Array], chunk: int = CHUNK
 ) -> list[Any]:
-    """What a function gives for the whole chunks of many examples, one after another, and for those left over.
+    """The results of a function for all full chunks of many examples, in sequence, and for the remainder.
 
     Args:
-      f: `f(*arrays)` of some examples.
-      arrays: of one length, at least 1.
-      merge: each array that `f` gives, stacked over the whole chunks, as one of all of them.
+      f: `f(*arrays)` for some examples.
+      arrays: of equal length, at least 1.
+      merge: combines an array of results, stacked over the full chunks.
       chunk: examples at a time.
 
     Returns:

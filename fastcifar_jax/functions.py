@@ -104,7 +104,7 @@ def make_functions(
         return lax.fori_loop(0, num_steps, step, (state, totals))
 
     def finalize_batch_stats(state, epoch):
-        # The network itself leaves training mode after every epoch, its average once and for good after the first.
+        # The network leaves training mode after every epoch, its average only once, after the first.
         if recipe.average is None:
             return state._replace(batch_stats=model.finalize_batch_stats(state.batch_stats))
         if epoch == 1:
@@ -127,7 +127,7 @@ def make_functions(
 def over_devices(images: Images) -> Images:
     """Spreads a batch over the devices of the mesh that `jax.set_mesh` has set, along its axis "batch".
 
-    XLA partitions all that is computed from the batch; gradients and statistics become sums over the devices.
+    XLA partitions everything computed from the batch; gradients and statistics become sums over the devices.
 
     Raises:
       ValueError: a batch that is not a multiple of the devices.

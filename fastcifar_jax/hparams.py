@@ -35,7 +35,7 @@ def with_hparams(recipe: Recipe, values: HParams) -> Recipe:
 
 
 def program_key(recipe: Recipe) -> str:
-    """What recipes share that compile to one program and differ in nothing but its arguments."""
+    """A key that is equal for recipes with the same program, which differ only in its arguments."""
     recipe = dataclasses.replace(recipe, name="", published=Published())
     return repr(with_hparams(recipe, dict.fromkeys(hparams(recipe), 0.0)))
 

@@ -1,4 +1,4 @@
-"""Muon: updates of convolution kernels made orthogonal, as airbench94_muon has it."""
+"""Muon, which orthogonalises the updates of convolution kernels, as in airbench94_muon."""
 
 import dataclasses
 
@@ -18,7 +18,7 @@ def orthogonalize(
 ) -> Float[Array, "rows columns"]:
     """Newton-Schulz: singular values to roughly 0.5 .. 1.5, singular vectors kept (airbench.md, section 6).
 
-    `optax.contrib` has the iteration, as a private part of an optimiser with another momentum.
+    In `optax.contrib` the iteration is a private part of an optimiser with a different momentum.
 
     Args:
       matrix: of any shape.
@@ -41,7 +41,7 @@ def orthogonalize(
 
 
 def orthogonalize_kernels(steps: int = 3, dtype: jnp.dtype | None = jnp.bfloat16) -> optax.GradientTransformation:
-    """`orthogonalize` for HWIO kernels, as matrices of one row an output channel."""
+    """`orthogonalize` for HWIO kernels, as matrices with one row per output channel."""
 
     def one(update):
         rows = update.reshape(-1, update.shape[-1]).T
@@ -51,7 +51,7 @@ def orthogonalize_kernels(steps: int = 3, dtype: jnp.dtype | None = jnp.bfloat16
 
 
 def renormalize_kernels() -> optax.GradientTransformation:
-    """Moves each kernel to the norm `sqrt(outputs)` before the update is applied; takes the place of weight decay."""
+    """Rescales each kernel to the norm `sqrt(outputs)` before the update is applied; replaces weight decay."""
 
     def move(update, kernel):
         norm = jnp.sqrt(jnp.sum(jnp.square(kernel)))
@@ -66,8 +66,8 @@ class Muon:
 
     Rates are for a summed loss; each group's decay divided by its rate is the coefficient of its L2 term.
 
-    It differs from `optax.contrib.muon` in the momentum, `B <- m B + G` and `G + m B` without bias correction; in the
-    weights, which are set back to a fixed norm in every step; and in having no factor for the shape of a kernel.
+    Differences from `optax.contrib.muon`: the momentum is `B <- m B + G` and `G + m B` without bias correction, the
+    kernels are rescaled to a fixed norm in every step, and no factor depends on the shape of a kernel.
 
     Attributes:
       lr: of the kernels.
@@ -77,7 +77,7 @@ class Muon:
       sgd_momentum: of everything but the kernels.
       weight_decay: per example, of everything but the kernels: 2e-6 in the source.
       newton_schulz_steps: of the iteration.
-      whiten_bias_epochs: the whitening layer's bias has its own way down over so many epochs and is then frozen.
+      whiten_bias_epochs: length of the schedule of the whitening layer's bias, which is then frozen.
       schedule: multiples of the rates over the run.
       compute_dtype: of the iteration's products; None is that of the weights.
     """
@@ -139,7 +139,7 @@ class Muon:
         def label(params: Params) -> Params:
             return label_by_path(params, groups)
 
-        # the gradients of the summed loss, which the rates are for
+        # Rates are for a summed loss.
         return optax.chain(optax.scale(batch_size), optax.partition(transforms, label))
 
     def skip_gradients(self, epoch: int) -> str | None:

@@ -1,4 +1,4 @@
-"""Optimisers as optax chains over parameter groups, and averages of the weights."""
+"""Optimisers as optax chains over parameter groups."""
 
 import dataclasses
 import re
@@ -16,9 +16,9 @@ WHITEN_BIAS = r"whiten/bias$"  # path of the one parameter that airbench freezes
 
 
 class Optimizer(Protocol):
-    """What `Recipe.optim` must be: a frozen dataclass that builds an optax transformation for a run's length.
+    """The type of `Recipe.optim`: a frozen dataclass that builds an optax transformation for the length of a run.
 
-    One that stops training some parameters can say so with a method `skip_gradients(epoch)`, see `skipped_gradients`.
+    One that stops training some parameters may have a method `skip_gradients(epoch)`, see `skipped_gradients`.
     """
 
     def __call__(self, num_epochs: float, steps_per_epoch: int, batch_size: int) -> optax.GradientTransformation:
@@ -27,17 +27,16 @@ class Optimizer(Protocol):
 
 
 def skipped_gradients(optim: Optimizer, epoch: int) -> str | None:
-    """A pattern of the paths of the parameters that an optimiser leaves alone in an epoch, 1-based; None for none.
+    """A pattern for the paths of the parameters that an optimiser does not change in an epoch (1-based), or None.
 
-    Their gradients are then not computed, except by seeds that run side by side. The optimiser has to leave the
-    parameters alone all the same: it gets zeros, or gradients to ignore.
+    Their gradients are not computed: the optimiser gets zeros for them, and must not change the parameters.
     """
-    frozen = getattr(optim, "skip_gradients", None)
-    return None if frozen is None else frozen(epoch)
+    skip_gradients = getattr(optim, "skip_gradients", None)
+    return None if skip_gradients is None else skip_gradients(epoch)
 
 
 def stop_gradients(params: Params, pattern: str) -> Params:
-    """The parameters, of which no gradient reaches those whose path matches the pattern."""
+    """The parameters; no gradient flows to those whose path matches the pattern."""
     groups = label_by_path(params, {"frozen": pattern, "trained": ""})
     return jax.tree.map(lambda p, group: jax.lax.stop_gradient(p) if group == "frozen" else p, params, groups)
 
@@ -45,8 +44,8 @@ def stop_gradients(params: Params, pattern: str) -> Params:
 def scale_by_schedule_of_epochs(schedule: Schedule, steps_per_epoch: int) -> optax.GradientTransformation:
     """Multiplies by `-schedule(time)`, where the first update sees time `1 / steps_per_epoch`.
 
-    `optax.scale_by_learning_rate` counts from 0; the original increments its step before it looks the rate up
-    (`[BoT c10]`), so a schedule that ends at 0 makes the very last step with rate 0.
+    `optax.scale_by_learning_rate` counts from 0. The original increments its step before it evaluates the schedule
+    (`[BoT c10]`), so with a schedule that ends at 0 the last step has the rate 0.
     """
     # An int32 count divided by a Python number would be float32 even in 64-bit mode.
     return optax.scale_by_learning_rate(
@@ -65,7 +64,7 @@ def nesterov(
     Args:
       schedule: learning rate for a mean loss, as a function of time in epochs.
       steps_per_epoch: steps in one epoch.
-      momentum: share of the velocity that is kept.
+      momentum: fraction of the velocity that is kept.
       weight_decay: L2 coefficient for a mean loss.
 
     References:
@@ -107,17 +106,17 @@ def label_by_path(params: Params, groups: dict[str, str]) -> Params:
 
 @dataclasses.dataclass(frozen=True)
 class Nesterov:
-    """The optimiser of the bag of tricks: weights in one group, batch norm biases in another (section 3.3).
+    """The optimiser of the bag of tricks, with one group for weights and one for batch norm biases (section 3.3).
 
-    The biases' rate is multiplied and their decay divided by one number, so the product of the two is that of the
-    weights, and all that differs is what the gradient is multiplied by.
+    The biases' rate is multiplied and their decay divided by `bias_scale`. Rate times decay is then the same in both
+    groups, and they differ only in a factor of the gradient.
 
     Attributes:
       peak_lr: largest learning rate, for a mean loss.
       momentum: of Nesterov's velocity.
       weight_decay: coupled L2, for a mean loss.
-      bias_scale: the biases' learning rate is multiplied and their decay divided by this (64 from the frozen
-        scales on).
+      bias_scale: factor of the biases' learning rate and divisor of their decay (64 since the step with frozen
+        scales).
       schedule: multiples of the peak over the run.
     """
 
@@ -155,13 +154,13 @@ class Nesterov:
 
 
 class FreezeState(NamedTuple):
-    """Of `freeze_after`."""
+    """State of `freeze_after`."""
 
     step: Int[Array, ""]  # steps taken so far
 
 
 def freeze_after(pattern: str, num_steps: int) -> optax.GradientTransformation:
-    """Sets the updates of the parameters whose path matches `pattern` to zero from step `num_steps` (0-based) on."""
+    """Zero updates for the parameters whose path matches `pattern`, starting with step `num_steps` (0-based)."""
 
     def update(updates, state, params=None):
         del params
@@ -175,7 +174,7 @@ def freeze_after(pattern: str, num_steps: int) -> optax.GradientTransformation:
 
 @dataclasses.dataclass(frozen=True)
 class AirbenchSGD:
-    """Nesterov SGD whose numbers leave each other's effect alone (airbench.md, section 5).
+    """Nesterov SGD with a decoupled parametrisation (airbench.md, section 5).
 
     Rate and decay are stated for 1,024 examples and for what momentum m makes of a constant gradient, which is
     `1 + 1 / (1 - m)` times it: `lr / (1024 * (1 + 1 / (1 - m)))` is the rate for a summed loss. The schedule multiplies
@@ -184,10 +183,10 @@ class AirbenchSGD:
     Attributes:
       lr: per 1,024 examples.
       momentum: of Nesterov's velocity.
-      weight_decay: per 1,024 examples, whatever the rate.
+      weight_decay: per 1,024 examples, independent of the rate.
       bias_scale: multiplies the rate of the norms' biases, not their decay.
       schedule: multiples of `lr` over the run.
-      whiten_bias_epochs: after so many epochs the whitening layer's bias is frozen; None for never.
+      whiten_bias_epochs: epochs after which the whitening layer's bias is frozen; None to train it throughout.
     """
 
     lr: float = 11.5

@@ -1,4 +1,4 @@
-"""Learning rates as functions of time, which is counted in epochs, or in steps where a schedule says so."""
+"""Learning rates as functions of time, counted in epochs, or in steps for schedules with `IN_STEPS`."""
 
 import dataclasses
 import math
@@ -17,10 +17,10 @@ def piecewise_linear(knots: tuple[float, ...], values: tuple[float, ...]) -> Sch
 
     Args:
       knots: strictly increasing times, in epochs; traced ones are not checked.
-      values: one value a knot.
+      values: one per knot.
 
     Raises:
-      ValueError: knots that do not increase, or another number of values.
+      ValueError: knots that do not increase, or a different number of values.
 
     Example:
       >>> schedule = piecewise_linear((0, 5, 24), (0, 0.4, 0))
@@ -43,14 +43,14 @@ def piecewise_linear(knots: tuple[float, ...], values: tuple[float, ...]) -> Sch
 
 @dataclasses.dataclass(frozen=True)
 class WarmupDecay:
-    """Up from 0 to 1, down to `end`, and flat there for the last epochs (Bag of Tricks, sections "EMA" and "TTA").
+    """A linear rise from 0 to 1, a fall to `end`, and constant last epochs (Bag of Tricks, sections "EMA" and "TTA").
 
     The knots are `(0, 0), (warmup * E, 1), (E - flat_epochs, end)` for a run of E epochs.
 
     Attributes:
-      warmup: share of the run that the way up takes: E/5 in the post, 5/24 in its first steps.
-      end: value at the last knot, as a share of the peak.
-      flat_epochs: how many epochs the end value is held, in epochs.
+      warmup: fraction of the run before the peak: 1/5 in the post, 5/24 in its first steps.
+      end: value at the last knot, as a fraction of the peak.
+      flat_epochs: length of the constant part, in epochs.
 
     Example:
       >>> WarmupDecay(end=0.1, flat_epochs=2.0).knots(10)
@@ -63,7 +63,7 @@ class WarmupDecay:
 
     def __post_init__(self):
         if not 0 < self.warmup < 1:
-            raise ValueError(f"schedule.warmup is {self.warmup}; give the share of the run, between 0 and 1")
+            raise ValueError(f"schedule.warmup is {self.warmup}; give a fraction of the run, between 0 and 1")
         if self.flat_epochs < 0 or self.end < 0:
             raise ValueError(f"schedule.flat_epochs {self.flat_epochs} and end {self.end} must not be negative")
 
@@ -75,13 +75,13 @@ class WarmupDecay:
         """The schedule of a run of `num_epochs` epochs.
 
         Raises:
-          ValueError: a run so short that the last knot would come before the peak.
+          ValueError: a run so short that the last knot would precede the peak.
         """
         return piecewise_linear(self.knots(num_epochs), (0.0, 1.0, self.end))
 
 
 def count_steps(num_epochs: float, steps_per_epoch: int) -> int:
-    """Steps of a run of `num_epochs` epochs, the last of which may be a part of one; rounded up.
+    """Number of steps in `num_epochs` epochs, which need not be a whole number; rounded up.
 
     Example:
       >>> count_steps(9.9, 48)
@@ -92,14 +92,14 @@ def count_steps(num_epochs: float, steps_per_epoch: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Triangle:
-    """Up from `start` to 1, then down to `end`, over the steps of a run (airbench.md, section 5).
+    """A linear rise from `start` to 1 and a fall to `end` over the steps of a run (airbench.md, section 5).
 
-    Counted in steps from 0, and the value `end` belongs to the step after the last.
+    Steps are counted from 0; the value `end` belongs to the step after the last.
 
     Attributes:
-      start: value at the first step, as a share of the peak.
-      peak: share of the run's steps before the peak, rounded down to a step; 0 for none.
-      end: value that the way down leads to.
+      start: value at the first step, as a fraction of the peak.
+      peak: fraction of the run's steps before the peak, rounded down to a step; 0 for no rise.
+      end: value at the end of the run.
     """
 
     start: float = 0.2
@@ -116,7 +116,7 @@ class Triangle:
             )
 
     def __call__(self, num_steps: int) -> Schedule:
-        """The schedule of a run, as a function of the number of steps before."""
+        """The schedule of a run as a function of the number of steps taken."""
         peak = int(self.peak * num_steps)
         if peak == 0:
             return piecewise_linear((0.0, float(num_steps)), (1.0, self.end))

@@ -1,4 +1,4 @@
-"""The arrays that travel through a run, as NamedTuples, and the array aliases of the public signatures."""
+"""The arrays of a run as NamedTuples, and the array types of the public signatures."""
 
 from typing import Any, NamedTuple
 
@@ -22,14 +22,14 @@ class Dataset(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """What one training step sees: augmented, normalised images and their labels."""
+    """Input of one training step: augmented, normalised images and their labels."""
 
     images: Images
     labels: Labels
 
 
 class TrainState(NamedTuple):
-    """Everything that a training step carries to the next one: arrays only, so states stack and save plainly."""
+    """Everything that a training step passes on to the next one: arrays only."""
 
     step: Int[Array, ""]  # steps taken so far
     params: Params  # trained
@@ -79,15 +79,15 @@ class Snapshot(NamedTuple):
 class RunResult(NamedTuple):
     """A finished run."""
 
-    state: TrainState | None  # None where many seeds are trained and their states not kept
+    state: TrainState | None  # None if another process trained it
     epochs: tuple[EpochInfo, ...]
     setup_seconds: float  # whitening and initialisation
-    compile_seconds: float  # 0.0 when a run of the same recipe had compiled already
+    compile_seconds: float  # 0.0 if an earlier run of the same program compiled it
     images_per_second: float  # training images over the seconds of the epochs
 
     @property
     def train_seconds(self) -> float:
-        """Set-up and all epochs, without compiling and evaluating (section 3.6 of the specification)."""
+        """Seconds of the set-up and all epochs, without compiling and evaluating (section 3.6 of the specification)."""
         return self.setup_seconds + sum(epoch.train_seconds for epoch in self.epochs)
 
 
@@ -95,10 +95,10 @@ def flatten_by_path(tree: Any) -> dict[str, Any]:
     """The leaves of a tree by their paths, in the tree's order: `{"layer1/conv/kernel": ...}`.
 
     Raises:
-      ValueError: two leaves have one path, by names that hold a slash.
+      ValueError: two leaves have the same path, because names contain a slash.
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
     if len(named) < len(leaves):
-        raise ValueError("two arrays of the network have one name; leave / out of names")
+        raise ValueError("two arrays of the network have the same path; do not use / in names")
     return named

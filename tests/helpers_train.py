@@ -35,7 +35,7 @@ def make_dataset(num_train=NUM_TRAIN, num_test=20):
             image[y : y + 8, x : x + 8] += 120
         return images.astype(np.uint8), labels.astype(np.int32)
 
-    return jax.device_put(Dataset(*split(num_train), *split(num_test)))
+    return Dataset(*split(num_train), *split(num_test))  # NumPy: importing this file must not start JAX's devices
 
 
 DATASET = make_dataset()

@@ -1,7 +1,9 @@
 """The layers that the networks share."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -76,41 +78,35 @@ def linen_model(net: nn.Module, norm: BatchNormConfig) -> Model:
         jax.eval_shape(trace, variables, images)
         return found
 
-    def layers(variables, images):
-        return _layers_of(net, variables, images)
-
-    return Model(init, apply, finalize_batch_stats, macs, norm.num_groups, layers)
+    return Model(init, apply, finalize_batch_stats, macs, norm.num_groups, functools.partial(_layers_of, net))
 
 
 def _layers_of(net: nn.Module, variables: Variables, images: Images | jax.ShapeDtypeStruct) -> list[LayerInfo]:
     """The calls of modules as `Model.layers` lists them; arrays of a module with layers inside are layers, too."""
-    calls: dict[tuple[str, ...], tuple[nn.Module, tuple[int, ...]]] = {}
+    calls: dict[tuple[str, ...], Any] = {}
 
     def intercept(call, args, kwargs, context):
-        if context.method_name == "__call__":
-            calls.setdefault(context.module.path, (context.module, ()))  # before the layers inside it
+        listed = context.method_name == "__call__"
+        if listed:
+            calls.setdefault(context.module.path)  # before the layers inside it
         result = call(*args, **kwargs)
-        if context.method_name == "__call__":
+        if listed:
             calls[context.module.path] = (context.module, result.shape[1:])
         return result
 
-    def trace(variables, images):
-        with nn.intercept_methods(intercept):
-            return net.apply(variables, images[:1], train=False)
-
-    jax.eval_shape(trace, variables, images)
-    arrays = [flatten_by_path(variables[name]) for name in ("params", "constants")]
-    arrays = [{tuple(path.split("/")): array for path, array in found.items()} for found in arrays]
+    with nn.intercept_methods(intercept):
+        jax.eval_shape(lambda variables, images: net.apply(variables, images[:1], train=False), variables, images)
+    flat = (flatten_by_path(variables[name]) for name in ("params", "constants"))
+    arrays = [{tuple(path.split("/")): array for path, array in found.items()} for found in flat]
     count = lambda path: (sum(a.size for key, a in found.items() if key[: len(path)] == path) for found in arrays)
     rows = []
     for path, (module, shape) in calls.items():
         kernel = next((found[*path, "kernel"] for found in arrays if (*path, "kernel") in found), None)
         rows.append(LayerInfo(path, type(module).__name__.lstrip("_"), _detail(module, kernel), shape, *count(path)))
-    for path in [path for found in arrays for path in found]:
+    for path in (path for found in arrays for path in found):
         inside = [i for i, row in enumerate(rows) if row.path[: len(path) - 1] == path[:-1]]
         if len(inside) > 1:
-            info = LayerInfo(path, path[-1], "", calls[path[:-1]][1], *count(path))
-            rows.insert(inside[-1] + 1, info)
+            rows.insert(inside[-1] + 1, LayerInfo(path, path[-1], "", calls[path[:-1]][1], *count(path)))
     return rows
 
 
@@ -162,7 +158,7 @@ class Conv(nn.Module):
 
 
 class Activation(nn.Module):
-    """An elementwise function; a module, so that `Model.layers` lists it."""
+    """An elementwise function; a module, as the next two, so that `Model.layers` lists it."""
 
     function: Callable[[Array], Array]
 
@@ -172,7 +168,7 @@ class Activation(nn.Module):
 
 
 class MaxPool(nn.Module):
-    """`max_pool` as a module, so that `Model.layers` lists it."""
+    """A max-pool."""
 
     pool: tuple[int, int] = (2, 2)
 
@@ -182,7 +178,7 @@ class MaxPool(nn.Module):
 
 
 class Add(nn.Module):
-    """The sum of a residual; a module, so that `Model.layers` lists it."""
+    """The sum of a residual."""
 
     def __call__(self, x, y):
         """Maps of the same shape."""

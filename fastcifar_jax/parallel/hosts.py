@@ -1,4 +1,4 @@
-"""The processes of several hosts as one run: how they find each other, and what must be alike on all of them."""
+"""The processes of a run on several hosts: joining them, and checking that they agree."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 
 from fastcifar_jax.types import Dataset
 
-HEARTBEAT_SECONDS = 60  # a process that was not heard of for so long is taken for dead
+HEARTBEAT_SECONDS = 60  # without a heartbeat, after which a process counts as dead
 
 
 def initialize(
@@ -21,24 +21,24 @@ def initialize(
     process_id: int | None = None,
     heartbeat_seconds: int = HEARTBEAT_SECONDS,
 ) -> None:
-    """Joins the processes of several hosts to one run; call it before anything asks JAX for a device.
+    """Joins the processes of several hosts into one run; call it before anything asks JAX for a device.
 
-    What is not given comes from the environment variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
-    JAX_PROCESS_ID, or else from JAX's own detection of Slurm, Open MPI, Kubernetes and Cloud TPU. On CPUs the processes
-    talk through gloo.
+    Arguments that are None come from the environment variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
+    JAX_PROCESS_ID, or else from JAX's detection of Slurm, Open MPI, Kubernetes and Cloud TPU. On CPUs the processes
+    communicate through gloo.
 
-    A process that dies ends the others with an error, at the latest when it was not heard of for `heartbeat_seconds`.
-    One that hangs but is alive is not noticed (jax issue 38503).
+    If a process dies, the others end with an error within `heartbeat_seconds`. A process that hangs is not detected
+    (jax issue 38503).
 
     Args:
       coordinator_address: host and port of process 0, "10.0.0.1:1234".
-      num_processes: of the whole run.
+      num_processes: in the whole run.
       process_id: 0 .. num_processes - 1.
-      heartbeat_seconds: also how long a process that ends waits for the others to end. All have 300 s to start.
+      heartbeat_seconds: also how long a process waits at its end for the others. All have 300 s to start.
 
     Raises:
       ValueError: no cluster is found and the arguments do not describe one.
-      RuntimeError: a device is in use already, or the others do not answer.
+      RuntimeError: JAX has started a device already, or the other processes do not answer.
     """
     given: dict[str, Any] = {
         "coordinator_address": coordinator_address or os.environ.get("JAX_COORDINATOR_ADDRESS"),
@@ -71,21 +71,21 @@ def _number(value: int | None, variable: str) -> int | None:
 
 
 def writes_records() -> bool:
-    """Whether this is process 0, the only one that puts anything on disk or on the terminal."""
+    """Whether this is process 0, the only one that writes to disk and to the terminal."""
     return jax.process_index() == 0
 
 
 def from_process_0(values: Sequence[int]) -> list[int]:
-    """Process 0's `values`, on every process: which seeds are to be run is read from its disk alone.
+    """The `values` of process 0, on every process.
 
     Args:
-      values: as many on every process, 0 <= value < 2**31.
+      values: of the same length on every process, 0 <= value < 2**31.
     """
     return multihost_utils.broadcast_one_to_all(np.array(values, np.int32)).tolist()
 
 
 def gather(value: Any) -> list[Any]:
-    """What JSON can hold, from every process, in their order; numbers come out as they went in."""
+    """The JSON values of all processes, in their order; numbers are preserved exactly."""
     if jax.process_count() == 1:
         return [value]
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
@@ -97,10 +97,10 @@ def gather(value: Any) -> list[Any]:
 
 
 def require_agreement(what: tuple, dataset: Dataset) -> None:
-    """Raises where processes would compile different programs or train on different data, and then wait for ever.
+    """Checks that all processes compile the same programs for the same data; else they would wait forever.
 
     Raises:
-      ValueError: on every process.
+      ValueError: they do not; raised on every process.
     """
     if jax.process_count() == 1:
         return
@@ -111,6 +111,6 @@ def require_agreement(what: tuple, dataset: Dataset) -> None:
     others = [i for i, other in enumerate(digests) if (other != digests[0]).any()]
     if others:
         raise ValueError(
-            f"processes {others} are to run something else than process 0; give all the same command, data, packages "
-            "and kind of processor (FASTCIFAR_CONV=lax makes convolutions alike)"
+            f"processes {others} would run something else than process 0; give all the same command, data, packages "
+            "and kind of processor (or set FASTCIFAR_CONV=lax on all)"
         )

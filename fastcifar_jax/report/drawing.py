@@ -15,7 +15,7 @@ DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))  # 30 combinations of c
 MARKERS = "osD^vPX*<>"
 TEXT = "#000000"  # `currentColor` in a page
 FAINT = "#8C8C8C"
-STYLE: dict[str, Any] = {
+STYLE: Any = {
     "figure.facecolor": "white",
     "axes.spines.top": False,
     "axes.spines.right": False,

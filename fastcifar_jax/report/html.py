@@ -88,14 +88,15 @@ def _described(name: str, line: Curves) -> str:
 
 def _over_seeds(i: int, data: str, arms: Numbered) -> dict[str, str]:
     """The figures of accuracy over seeds and of time against accuracy."""
-    summaries = lambda arm: map(stats.summarize, zip(*run_figures.time_and_accuracy(arm), strict=True))
-    shown = [(f"{number} {arm.name}", *summaries(arm)) for number, arm in arms]
-    seeds = " ".join(f"{name}: {measured(accuracy, of_100)}, n = {accuracy.n}." for name, _, accuracy in shown)
-    time = " ".join(f"{name}: {seconds(time.mean)}, {of_100(accuracy.mean)}." for name, time, accuracy in shown)
-    draw = lambda name, plot, title, description: inline_svg(
-        plot, arms, name=f"{name}-{i}", title=f"{title}, {data}", description=description
+    seeds, times = [], []
+    for number, arm in arms:
+        time, accuracy = map(stats.summarize, zip(*run_figures.time_and_accuracy(arm), strict=True))
+        seeds.append(f"{number} {arm.name}: {measured(accuracy, of_100)}, n = {accuracy.n}.")
+        times.append(f"{number} {arm.name}: {seconds(time.mean)}, {of_100(accuracy.mean)}.")
+    draw = lambda name, plot, title, texts: inline_svg(
+        plot, arms, name=f"{name}-{i}", title=f"{title}, {data}", description=" ".join(texts)
     )
     return {
         "seeds": draw("seeds", run_figures.accuracy_over_seeds, "Accuracy over seeds", seeds),
-        "time": draw("time", run_figures.time_against_accuracy, "Training time against accuracy", time),
+        "time": draw("time", run_figures.time_against_accuracy, "Training time against accuracy", times),
     }

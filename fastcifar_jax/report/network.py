@@ -1,7 +1,7 @@
 """The drawing of a network: nested boxes from top to bottom, with types by colour, shapes and parameter counts."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -74,7 +74,7 @@ def _draw_layer(axis, row: LayerInfo, top: float, height: float, contains: bool)
 
     left, right = INDENT * (len(row.path) - 1), WIDTH - MARGIN * (len(row.path) - 1)
     tint = next((tint for part, tint in TINTS.items() if part in row.type.lower()), OTHER)
-    look = {"fc": (0, 0, 0, 0.05), "ec": FAINT} if contains else {"fc": tint, "ec": "#444444"}
+    look: dict[str, Any] = {"fc": (0, 0, 0, 0.05), "ec": FAINT} if contains else {"fc": tint, "ec": "#444444"}
     look |= {"boxstyle": "round,pad=0,rounding_size=0.08", "mutation_aspect": 3, "lw": 0.8}
     axis.add_patch(FancyBboxPatch((left, top), right - left, height, **look))
     texts = {left + 0.1: row.path[-1], 1.8: " ".join((row.type, row.detail)).strip()}

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -133,7 +133,7 @@ def accuracy_over_seeds(arms: Numbered) -> "Figure":
         axis.text(0, row - 0.17, label, transform=axis.get_yaxis_transform(), in_layout=False)  # above the row
         heights = [row + (0.1, 0, 0.2)[i % 3] for i in range(mean.n)]  # so that equal runs stay apart
         axis.plot(found, heights, "o", color=colour, ms=5, alpha=0.75, mew=0)
-        look = {"color": colour, "marker": "|", "ms": 9, "mew": 2.5, "capsize": 3}
+        look: dict[str, Any] = {"color": colour, "marker": "|", "ms": 9, "mew": 2.5, "capsize": 3}
         axis.errorbar([mean.mean], [row + 0.38], xerr=_half(mean), **look)
         ends += [*found, *_interval(mean)]
     axis.set(xlabel="accuracy (%)", xlim=_around(ends, 0, 100), ylim=(len(arms) - 0.4, -0.6), yticks=[])
@@ -153,8 +153,11 @@ def time_against_accuracy(arms: Numbered) -> "Figure":
         look = marker_style(number - 1) | {"ms": 6, "lw": 1, "mec": TEXT, "mew": 0.6, "ls": "none"}
         label = shorten(f"{number}  {arm.name}", LABEL_LENGTH)
         axis.errorbar([x.mean], [y.mean], _half(y), _half(x), **look, label=label)
-        offset = {"xytext": ((7, 7), (-7, -7), (-7, 7), (7, -7))[number % 4], "textcoords": "offset points"}
-        centred = {"ha": "center", "va": "center", "weight": "bold", "fontsize": 8, "in_layout": False}
+        offset: dict[str, Any] = {
+            "xytext": ((7, 7), (-7, -7), (-7, 7), (7, -7))[number % 4],
+            "textcoords": "offset points",
+        }
+        centred: dict[str, Any] = {"ha": "center", "va": "center", "weight": "bold", "fontsize": 8, "in_layout": False}
         axis.annotate(str(number), (x.mean, y.mean), **offset, **centred)
         for numbers, coordinates, mean in zip(ends, found, (x, y), strict=True):
             numbers += [*coordinates, *_interval(mean)]

@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fastcifar_jax.analysis import compare as comparison
 from fastcifar_jax.analysis import stats
@@ -79,7 +79,7 @@ def ladder(arms: Sequence[Arm], experiments: Sequence[Experiment], show_all: boo
       show_all: whether to include recipes without records; their tables come after those with records.
     """
     of_recipe = lambda name: [arm for arm in arms if arm.records[0].experiment == name]
-    measured, not_run = [], []
+    tables: dict[bool, list[Table]] = {True: [], False: []}  # by whether anything was run
     for title in dict.fromkeys(experiment.title for experiment in experiments):
         rows = []
         for recipe in (experiment.recipe for experiment in experiments if experiment.title == title):
@@ -87,10 +87,10 @@ def ladder(arms: Sequence[Arm], experiments: Sequence[Experiment], show_all: boo
             if show_all and not of_recipe(recipe.name):
                 rows.append((recipe.name, str(recipe.num_epochs), *_published(recipe), "", "", "", "", "not run"))
         if rows:
-            (not_run if all(row[-1] == "not run" for row in rows) else measured).append(_ladder_table(title, rows))
+            tables[any(row[-1] != "not run" for row in rows)].append(_ladder_table(title, rows))
     declared = {experiment.recipe.name for experiment in experiments}
     rows = [_measured_row(arm, None) for arm in arms if arm.records[0].experiment not in declared]
-    return [*measured, *not_run, *([_ladder_table("Undeclared recipes", rows)] if rows else [])]
+    return [*tables[True], *tables[False], *([_ladder_table("Undeclared recipes", rows)] if rows else [])]
 
 
 DIFFERENCES = ("arm", "n", "with TTA", "difference", "p (Holm)", "verdict", "runs to see it", "training time")
@@ -125,9 +125,9 @@ def run_tables(arms: Sequence[Arm]) -> list[Table]:
             made = record.provenance
             versions = ", ".join(f"{name} {version}" for name, version in made.versions.items())
             environment = (device_text(made.device), versions, made.conv, made.mesh, made.source_hash[:8])
-            digest, *counts = data_key(record.provenance)
+            digest, *counts = data_key(made)
             source = (made.data["source"], digest[:16], *(f"{count:,}" for count in counts))
-            result = record.result or {}
+            result: Any = record.result or {}
             show = lambda name, write, result=result: (
                 write(result[name]) if name in result and plausible(result[name]) else ""
             )
@@ -141,13 +141,13 @@ def run_tables(arms: Sequence[Arm]) -> list[Table]:
     named = lambda found: tuple((name, *values) for values, name in found.items())
     columns = ("arm", "seed", "status", "test", "with TTA", "training time", "compiling", "dtype", "data",
                "environment", "started", "command", "error")  # fmt: skip
-    counts = ", ".join(f"{sum(row[2] == status for row in rows)} {status}" for status in STATUSES)
+    totals = ", ".join(f"{sum(row[2] == status for row in rows)} {status}" for status in STATUSES)
     return [
         Table("Environments", ("name", "device", "versions", "convolution", "mesh", "source hash"),
               named(environments)),
         Table("Data", ("name", "source", "hash", "training images", "test images"), named(data),
               frozenset({"training images", "test images"})),
-        Table(f"Runs: {counts}", columns, tuple(rows), frozenset({"seed", *columns[3:7]})),
+        Table(f"Runs: {totals}", columns, tuple(rows), frozenset({"seed", *columns[3:7]})),
     ]  # fmt: skip
 
 

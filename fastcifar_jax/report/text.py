@@ -1,5 +1,6 @@
 """How numbers, devices and values of records are written."""
 
+from collections.abc import Mapping
 from typing import Any
 
 MAX_LENGTH = 500  # characters of a cell
@@ -25,16 +26,16 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}{'s' * (number != 1)}"
 
 
-def device_text(device: dict[str, Any]) -> str:
-    """`Record.device` in one line."""
+def device_text(device: Mapping[str, Any]) -> str:
+    """A `provenance.Device` in one line."""
     if device["platform"] == "cpu":
         return f"{device['cpu']}, {counted(device['cores'], 'core')}"
     return f"{device['count']} x {device['kind']}"
 
 
-def data_text(data: dict[str, Any]) -> str:
-    """`Record.data` in one line: "digits, 1,437 training and 360 test images"."""
-    return clean("{source}, {train:,} training and {test:,} test images".format_map(data))
+def data_text(data: Mapping[str, Any]) -> str:
+    """A `provenance.Data` in one line: "digits, 1,437 training and 360 test images"."""
+    return clean("{source}, {train:,} training and {test:,} test images".format_map(dict(data)))
 
 
 def clean(value: Any) -> str:

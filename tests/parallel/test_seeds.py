@@ -6,30 +6,26 @@ import signal
 import socket
 import subprocess
 import sys
-from dataclasses import replace
+import threading
 
 import chex
 import jax
 import numpy as np
 import pytest
 
-from fastcifar_jax.ops.batch_norm import share_of_batch
-from fastcifar_jax.parallel import hosts, seeds
+from fastcifar_jax.functions import over_devices
+from fastcifar_jax.parallel import hosts
+from fastcifar_jax.parallel import seeds as seeds_module
 from fastcifar_jax.parallel.mesh import make_mesh
-from fastcifar_jax.train import Diverged
-from tests.helpers_train import DATASET, numbers
+from fastcifar_jax.parallel.seeds import train_seeds
+from fastcifar_jax.train import Diverged, make_train
+from fastcifar_jax.types import EpochInfo
+from tests.helpers_train import DATASET, linear, numbers
 from tests.parallel import distributed_worker as worker
 
 BOUND = 60  # seconds in which a process must have ended that another left alone; its heartbeat is 10
 START = 300  # seconds for the rest of a child's life
 CHILDREN = []
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quickly_compiled():
-    """Keys whose bits compile in a fifth of the time, for this file alone."""
-    with jax.default_prng_impl("rbg"):
-        yield
 
 
 def start(job, out, *arguments, devices=1):
@@ -90,78 +86,41 @@ def processes(children):
     return found_by(*children["processes"])
 
 
-def linear_recipe(coin, num_epochs=2):
-    return replace(worker.linear(num_epochs), model=worker.Linear(coin))
-
-
-@pytest.mark.parametrize("strategy, driver", [("loop", "python"), ("map", "scan"), ("vmap", "python")])
-def test_a_diverged_seed_takes_no_other_down(strategy, driver):
-    ended, epochs, compiled = [], [], []
-    train = seeds.make_train_seeds(linear_recipe(coin=True), 4, strategy, driver=driver)
-    found = train(
-        range(6),
-        DATASET,
-        lambda seed, outcome: ended.append((seed, outcome)),
-        lambda seed, info: epochs.append((seed, info.epoch)),
-        compiled.append,
-    )
-    bad = [seed for seed, outcome in enumerate(found) if isinstance(outcome, Diverged)]
-    assert 0 < len(bad) < 6
-    assert {seed: outcome for seed, outcome in ended} == dict(enumerate(found)) and len(ended) == 6
-    assert sorted(epochs) == [(seed, epoch) for seed in range(6) if seed not in bad for epoch in (1, 2)]
+def test_a_diverged_seed_ends_no_other():
+    news = list(train_seeds(linear(coin=True), 4, range(6), DATASET, make_mesh(1, 1)))
+    found = dict(news)
+    bad = [seed for seed, outcome in found.items() if isinstance(outcome, Diverged)]
+    assert 0 < len(bad) < 6 and list(found) == list(range(6))
+    epochs = [(seed, item.epoch) for seed, item in news if isinstance(item, EpochInfo)]
+    assert epochs == [(seed, epoch) for seed in range(6) if seed not in bad for epoch in (1, 2)]
     assert all(len(found[seed].epochs) == 1 for seed in bad)
-    expected = seeds.make_train_seeds(linear_recipe(coin=False), 4, driver=driver)(range(6), DATASET)
-    for seed in set(range(6)) - set(bad):
-        np.testing.assert_allclose(numbers(found[seed]), numbers(expected[seed]), rtol=1e-5)
-    assert compiled[0] > 0 and not any(compiled[1:])
+    train = make_train(linear(), 4)
+    good = [seed for seed in range(6) if seed not in bad]
+    for seed in good:
+        assert numbers(found[seed]) == numbers(train(jax.random.key(seed), DATASET))
+    assert [found[seed].compile_seconds > 0 for seed in good] == [seed == 0 for seed in good]
 
 
-def test_seeds_in_several_groups():
-    """Five seeds, two at once: the last group is filled up, and compiled for once."""
-    compiled = []
-    train = seeds.make_train_seeds(linear_recipe(coin=False), 4, "vmap", driver="python", at_once=2, keep_states=False)
-    found = train(range(5), DATASET, on_compiled=compiled.append)
-    expected = seeds.make_train_seeds(linear_recipe(coin=False), 4, keep_states=False)(range(5), DATASET)
-    assert {run.state for run in found + expected} == {None}
-    for a, b in zip(found, expected, strict=True):
-        np.testing.assert_allclose(numbers(a), numbers(b), rtol=1e-5)
-    assert len(compiled) == 3 and compiled[0] > 0 and compiled[1:] == [0, 0]
+def test_a_run_that_is_not_wanted_any_more_stops():
+    """Closing the iterator ends the threads after their current epochs."""
+    events = train_seeds(linear(10**6), 4, [0], DATASET, make_mesh(1, 1))
+    assert next(events)[1].epoch == 1
+    before = threading.active_count()
+    events.close()
+    assert threading.active_count() == before - 1
 
 
-def test_all_seeds_diverged_end_early():
-    recipe = linear_recipe(coin=False, num_epochs=3)
-    recipe = replace(recipe, optim=replace(recipe.optim, peak_lr=1e38))
-    found = seeds.make_train_seeds(recipe, 4, "vmap")([0, 1], DATASET)
-    assert [type(outcome) for outcome in found] == [Diverged] * 2
-    assert "diverged in epoch 1" in str(found[0])
+def test_a_crash_is_raised(monkeypatch):
+    def crash(*args, **options):
+        raise RuntimeError("the cat sat")
+        yield
 
-
-@pytest.mark.parametrize("num_groups, devices", [(4, 2), (4, 4), (1, 4), (6, 4), (2, 1)])
-def test_a_share_keeps_images_in_their_groups(num_groups, devices):
-    """Images are numbers; where groups are whole, device d holds the d-th run of them."""
-    batch = np.arange(48, dtype=np.int32)
-    shares = jax.vmap(lambda _: share_of_batch(batch, num_groups, "batch"), axis_name="batch")(np.arange(devices))
-    shares = np.asarray(shares)
-    assert sorted(shares.ravel()) == batch.tolist()
-    whole = num_groups % devices == 0
-    for d, share in enumerate(shares):
-        here = num_groups // devices if whole else num_groups
-        for n, image in enumerate(share):
-            assert image % num_groups == n % here + (d * here if whole else 0)
-
-
-def test_a_batch_that_cannot_be_split():
-    share = jax.vmap(lambda _: share_of_batch(np.arange(30), 6, "batch"), axis_name="batch")
-    with pytest.raises(ValueError, match="30 images in 6 ghost groups .* 4 devices; make batch_size a multiple of 24"):
-        share(np.arange(4))
+    monkeypatch.setattr(seeds_module, "train_epochs", crash)
+    with pytest.raises(RuntimeError, match="the cat sat"):
+        list(train_seeds(linear(), 4, [0], DATASET, make_mesh(1, 1)))
 
 
 def test_errors_say_what_to_do(monkeypatch):
-    recipe = linear_recipe(coin=False)
-    with pytest.raises(ValueError, match="strategy is 'pmap'; choose one of loop, map, vmap"):
-        seeds.make_train_seeds(recipe, 4, "pmap")
-    with pytest.raises(ValueError, match="at_once is 0"):
-        seeds.make_train_seeds(recipe, 4, "vmap", at_once=0)
     with pytest.raises(ValueError, match=r"seed 2 x batch 1 does not fit 1 devices"):
         make_mesh(2)
     with pytest.raises(ValueError, match=r"batch 4 does not fit"):
@@ -169,6 +128,9 @@ def test_errors_say_what_to_do(monkeypatch):
     monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
     with pytest.raises(ValueError, match="JAX_NUM_PROCESSES is 'two'"):
         hosts.initialize()
+    mesh = jax.sharding.AbstractMesh((3,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
+    with jax.sharding.use_abstract_mesh(mesh), pytest.raises(ValueError, match="make batch_size a multiple of 3"):
+        over_devices(np.zeros((32, 1, 1, 1)))
 
 
 def assert_same(found, expected):
@@ -198,7 +160,7 @@ def test_seeds_over_processes_are_bitwise_those_of_one_device(processes):
 
 
 def test_batches_over_devices_give_the_numbers_of_one_device(devices):
-    """Two seeds at once, two whole ghost groups a device; the running statistics keep their order."""
+    """Two rows of two devices, which share every ghost group."""
     assert_close(devices["ghost"], devices["ghost alone"])
 
 
@@ -212,7 +174,7 @@ def test_a_batch_over_processes_gives_the_numbers_of_one_device(processes):
 
 def test_processes_do_what_process_0_is_to_do(processes):
     assert processes["from_process_0"] == [0, 7]
-    assert processes["disagreement"].startswith("processes [1] are to run something else than process 0")
+    assert processes["disagreement"].startswith("processes [1] would run something else than process 0")
 
 
 def test_a_process_that_is_left_alone_ends_with_an_error(tmp_path):
@@ -225,11 +187,3 @@ def test_a_process_that_is_left_alone_ends_with_an_error(tmp_path):
         status, errors = end(children[job][1 - victim], BOUND)
         assert status != 0 and errors.strip()
     assert not (tmp_path / "found").exists()
-
-
-@pytest.mark.parametrize("strategy", ["map", "vmap"])
-def test_strategies_agree(strategy, devices):
-    """With the loop, three seeds at once on one device."""
-    found = devices[strategy]
-    assert_close(found, devices["ghost alone"])
-    assert found[0].compile_seconds > 0 == found[1].compile_seconds == found[2].compile_seconds
