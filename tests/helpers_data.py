@@ -3,8 +3,10 @@
 import gzip
 import io
 import pickle
+import struct
 import tarfile
 import tracemalloc
+import zlib
 
 import numpy as np
 import pytest
@@ -120,6 +122,36 @@ def write_npz(path, data, column=False, save=np.savez, **changes):
     arrays = dict(x_train=data.train_images, y_train=labels[0], x_test=data.test_images, y_test=labels[1]) | changes
     save(path, **{key: value for key, value in arrays.items() if value is not None})
     return path
+
+
+def saved(write):
+    """The bytes that `write` puts into a file object."""
+    buffer = io.BytesIO()
+    write(buffer)
+    return buffer.getvalue()
+
+
+def png(size, mode="RGB"):
+    return saved(lambda buffer: Image.new(mode, size).save(buffer, "png"))
+
+
+def _text_bomb():
+    """A PNG file whose text takes 32 MiB; with the right lengths and checksums."""
+    head = struct.pack(">IIBBBBB", 32, 32, 8, 2, 0, 0, 0)
+    chunks = ((b"IHDR", head), (b"zTXt", b"a\0\0" + zlib.compress(bytes(32 << 20))), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
+    )
+
+
+BAD_IMAGES = [  # (content, what the error says)
+    (b"", "cannot be read"),
+    (b"GIF89a" + bytes(50), "cannot be read"),
+    (png((32, 32))[:40], "cannot be read"),
+    (png((32, 32))[:-30], "cannot be read"),
+    (png((20_000, 20_000), "1"), "DecompressionBomb"),
+    (_text_bomb(), "cannot be read"),
+]
 
 
 def write_images(folder, data, classes=10):

@@ -12,10 +12,7 @@ from fastcifar_jax.runs.records import Record
 from fastcifar_jax.types import EpochInfo
 
 TIMES = {"train_seconds", "setup_seconds", "transfer_seconds", "compile_seconds", "images_per_second"}
-EPOCHS = (
-    EpochInfo(1, 3.5, 1.5, 0.5, 1.25, 0.75, 1.2, 0.76),
-    EpochInfo(2, 4.0, 0.5, 0.75, 0.25, 0.9408, 0.2, 0.945),
-)
+EPOCHS = (EpochInfo(1, 3.5, 1.5, 0.5, 1.25, 0.75, 1.2, 0.76), EpochInfo(2, 4.0, 0.5, 0.75, 0.25, 0.9408, 0.2, 0.945))
 RESULT = {
     "test_accuracy": 0.9408,
     "tta_accuracy": 0.945,

@@ -132,15 +132,6 @@ def test_per_example_choices_are_uniform(key):
         assert abs(chi_square - (count - 1)) < 5 * np.sqrt(2 * (count - 1))
 
 
-@pytest.mark.parametrize("augmentation", ALL, ids=str)
-def test_vmap_over_seeds(augmentation, key):
-    images = jnp.asarray(images_of(6, 16))
-    choice = jax.random.randint(key, (3, 6), 0, len(augmentation.options(16, 16)))
-    together = jax.vmap(lambda c: augment(images, (augmentation,), (c,)))(choice)
-    alone = jnp.stack([augment(images, (augmentation,), (c,)) for c in choice])
-    chex.assert_trees_all_equal(together, alone)
-
-
 def test_normalize_golden_float16_constants():
     mean, std = (125.31, 122.95, 113.87), (62.99, 62.09, 66.70)
     pixels = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3)).astype(np.uint8)
@@ -187,11 +178,6 @@ def test_alternating_flip_shows_every_image_both_ways(key):
     np.testing.assert_array_equal(flips[0], flips[2])
     np.testing.assert_array_equal(flips[1], flips[3])
     assert not np.array_equal(plans[0].choices[0], plans[2].choices[0])  # crops are drawn anew
-
-
-def test_two_alternating_flips_are_drawn_apart(key):
-    plan = plan_epoch(key, jnp.int32(1), IndependentSampling(), (AlternatingFlip(), AlternatingFlip()), 100, 8, 8)
-    assert not np.array_equal(*plan.choices)
 
 
 def test_settled_choices_have_a_key_that_no_epoch_has(key):

@@ -60,7 +60,7 @@ def test_numbers_of_a_users_part_are_traced_unless_they_are_static():
     assert set(hparams(replace(final, loss=Focal()))) == {*NAMES, "loss.gamma"}
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "optim.bias_scale"])  # there are no biases here
+@pytest.mark.parametrize("name", NAMES)
 def test_one_program_serves_every_value(first, name):
     compiled, last = first
     recipe = changed(RECIPE, name)

@@ -5,7 +5,6 @@ import numpy as np
 import optax
 import pytest
 
-from fastcifar_jax.averaging import Ema, Lookahead, Progress
 from fastcifar_jax.optim import (
     AirbenchSGD,
     Nesterov,
@@ -74,29 +73,6 @@ def test_every_parameter_needs_a_group():
         label_by_path({"a": {"kernel": jnp.zeros(1)}}, {"bias": r"bias$"})
 
 
-def test_ema_golden():
-    """rho = 0.95099005, 20 updates an epoch of 97 steps, the count starting anew each epoch; no debiasing."""
-    ema, steps = Ema(0.99, 5), 97
-    average = ema.init({"w": jnp.float32(1)})
-    update = jax.jit(ema.update)
-    for step in range(2 * steps):
-        progress = Progress(jnp.int32(step + 1), jnp.int32(step % steps), 2 * steps)
-        average, variables = update(average, {"w": jnp.float32(0)}, progress)
-        assert float(variables["w"]) == 0
-        if step == 0:
-            assert float(average["w"]) == pytest.approx(0.9509900499, rel=1e-6)
-        if step == steps - 1:
-            assert float(average["w"]) == pytest.approx(0.3660323, rel=1e-5)
-    assert float(average["w"]) == pytest.approx(0.3660323**2, rel=1e-5)
-
-
-def test_ema_starts_as_a_copy():
-    variables = {"w": jnp.arange(3.0)}
-    average = Ema().init(variables)
-    chex.assert_trees_all_equal(average, variables)
-    assert average["w"].unsafe_buffer_pointer() != variables["w"].unsafe_buffer_pointer()
-
-
 @pytest.mark.parametrize(
     ("part", "fields"),
     [
@@ -104,10 +80,6 @@ def test_ema_starts_as_a_copy():
         (Nesterov, {"momentum": 1.0}),
         (Nesterov, {"weight_decay": -1.0}),
         (Nesterov, {"bias_scale": 0.0}),
-        (Ema, {"decay": 1.0}),
-        (Ema, {"every": 0}),
-        (Lookahead, {"decay": 1.0}),
-        (Lookahead, {"every": 0}),
         (AirbenchSGD, {"momentum": 1.0}),
         (AirbenchSGD, {"weight_decay": -1.0}),
         (AirbenchSGD, {"bias_scale": 0.0}),
@@ -125,8 +97,6 @@ def test_refuses(part, fields):
     [
         (Nesterov, {"peak_lr": 0.01, "momentum": 0.0, "weight_decay": 0.0, "bias_scale": 0.01}),
         (AirbenchSGD, {"lr": 0.01, "momentum": 0.0, "weight_decay": 0.0, "bias_scale": 0.01, "whiten_bias_epochs": 0}),
-        (Ema, {"decay": 0.0, "every": 1}),
-        (Lookahead, {"decay": 0.0, "every": 1}),
     ],
 )
 def test_takes_what_is_just_allowed(part, fields):
@@ -138,8 +108,6 @@ def test_takes_what_is_just_allowed(part, fields):
     ("part", "published"),
     [
         (Nesterov(), {"peak_lr": 0.4, "momentum": 0.9, "weight_decay": 5e-4, "bias_scale": 1.0}),
-        (Ema(), {"decay": 0.99, "every": 5}),
-        (Lookahead(), {"decay": 0.95, "every": 5}),
         (AirbenchSGD(), {"lr": 11.5, "momentum": 0.85, "weight_decay": 0.0153, "bias_scale": 64.0}),
         (AirbenchSGD(), {"whiten_bias_epochs": 3}),
     ],
@@ -159,18 +127,3 @@ def test_frozen_from_a_step_on():
         found, state = tx.update(updates, state)
         passed.append((float(found["a"]), float(found["b"])))
     assert passed == [(3, 4), (3, 4), (3, 0), (3, 0)]
-
-
-def test_lookahead_by_hand():
-    """airbench.md, section 5, for 10 steps of a weight that is moved by 1 in each; looks after steps 5 and 10."""
-    lookahead = Lookahead(0.95, 5)
-    slow = fast = np.float64(0)
-    average = variables = {"w": jnp.float32(0)}
-    for step in range(1, 11):
-        fast += 1
-        variables = {"w": variables["w"] + 1}
-        if step % 5 == 0:
-            keep = 0.95**5 * (step / 10) ** 3
-            slow = fast = keep * slow + (1 - keep) * fast
-        average, variables = lookahead.update(average, variables, Progress(jnp.int32(step), jnp.int32(0), 10))
-        np.testing.assert_allclose([average["w"], variables["w"]], [slow, fast], rtol=1e-6)

@@ -18,6 +18,7 @@ from fastcifar_jax.train import Diverged, compile_run, make_train, train_epochs
 from tests.helpers_train import BATCH, DATASET, NUM_TRAIN, linear, make_dataset, numbers, small
 
 KEY = jax.random.key(0)
+SGD, MUON = AirbenchSGD(whiten_bias_epochs=1), Muon(whiten_bias_epochs=1, compute_dtype=None)
 
 
 @pytest.fixture(scope="module")
@@ -119,16 +120,18 @@ def test_constants_never_change(final_run):
 
 
 @pytest.mark.parametrize(
-    "optim",
+    "recipe",
     [
-        pytest.param(AirbenchSGD(whiten_bias_epochs=1), marks=pytest.mark.slow),
-        Muon(whiten_bias_epochs=1, compute_dtype=None),
+        linear(2, recipe=replace(airbench94, optim=AirbenchSGD(whiten_bias_epochs=1))),
+        pytest.param(small(airbench94, 2, optim=AirbenchSGD(whiten_bias_epochs=1)), marks=pytest.mark.slow),
+        pytest.param(
+            small(airbench94, 2, optim=Muon(whiten_bias_epochs=1, compute_dtype=None)), marks=pytest.mark.slow
+        ),
     ],
-    ids=["sgd", "muon"],
+    ids=["linear", "sgd", "muon"],
 )
-def test_gradients_that_are_not_computed_change_nothing(optim):
+def test_gradients_that_are_not_computed_change_nothing(recipe):
     """The whitening layer's bias stays after the first epoch, whether or not its gradient is computed."""
-    recipe = small(airbench94, num_epochs=2, optim=optim)
     found = make_train(recipe, 4)(KEY, DATASET).state
     functions, (key_init, key_data) = make_functions(recipe, 4, NUM_TRAIN), jax.random.split(KEY)
     state = jax.jit(functions.init)(key_init, DATASET)
@@ -185,9 +188,8 @@ def test_diverged_names_recipe_and_epoch():
     assert not (np.isfinite(row.train_loss) and np.isfinite(row.test_loss))
 
 
-@pytest.mark.parametrize(
-    "compute_dtype", ["mixed", *(pytest.param(d, marks=pytest.mark.slow) for d in ("bfloat16", "float16"))]
-)
+@pytest.mark.slow  # by default test_saved_model.py trains in "mixed"
+@pytest.mark.parametrize("compute_dtype", ["mixed", "bfloat16", "float16"])
 def test_half_precision_keeps_float32_weights_and_stays_near(compute_dtype, final_run):
     _, _, exact = final_run
     result = make_train(small(final, num_epochs=3, compute_dtype=compute_dtype), num_classes=4)(KEY, DATASET)

@@ -10,6 +10,7 @@ from typing import NoReturn
 import click
 
 from fastcifar_jax.cli import console as view
+from fastcifar_jax.cli.bench import bench_command
 from fastcifar_jax.cli.compare import compare, match_epochs
 from fastcifar_jax.cli.models import evaluate, predict
 from fastcifar_jax.cli.options import CliContext, usage_errors
@@ -131,5 +132,5 @@ def doctor() -> None:
         console.print(f"{label:>12}: {text}", soft_wrap=True)
 
 
-for command in (run, compare, match_epochs, plot, predict, evaluate, report_command, reproduce_command):
+for command in (run, compare, match_epochs, bench_command, plot, predict, evaluate, report_command, reproduce_command):
     commands.add_command(command)

@@ -53,22 +53,21 @@ def conv(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def _conv(x: Images, kernel: Kernel, padding: Padding, dtype: jnp.dtype, use_onednn: bool) -> Images:
     """The convolution in `x.dtype`, from operands in `dtype`."""
-    by_lax, by_onednn = (functools.partial(f, padding=padding, out_dtype=x.dtype) for f in (lax_conv.conv, onednn.conv))
-    return _on_platform(by_lax, by_onednn if use_onednn else None, x.astype(dtype), kernel.astype(dtype))
+    operands = (x.astype(dtype), kernel.astype(dtype))
+    return _on_platform(lax_conv.conv, onednn.conv, use_onednn, *operands, padding=padding, out_dtype=x.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def _weight_gradient(x: Images, cotangent: Images, padding: Padding, dtype: jnp.dtype, use_onednn: bool) -> Kernel:
     """The gradient with respect to the kernel, in float32, from operands in `dtype`."""
-    by_lax, by_onednn = (
-        functools.partial(f, padding=padding) for f in (lax_conv.weight_gradient, onednn.weight_gradient)
-    )
-    return _on_platform(by_lax, by_onednn if use_onednn else None, x.astype(dtype), cotangent.astype(dtype))
+    operands = (x.astype(dtype), cotangent.astype(dtype))
+    return _on_platform(lax_conv.weight_gradient, onednn.weight_gradient, use_onednn, *operands, padding=padding)
 
 
-def _on_platform(by_lax, by_onednn, *operands):
+def _on_platform(by_lax, by_onednn, use_onednn, *operands, **options):
     """oneDNN on CPUs and `lax` elsewhere, decided when a program is lowered: it may be exported for both."""
-    return by_lax(*operands) if by_onednn is None else lax.platform_dependent(*operands, cpu=by_onednn, default=by_lax)
+    by_lax, by_onednn = (functools.partial(f, **options) for f in (by_lax, by_onednn))
+    return lax.platform_dependent(*operands, cpu=by_onednn, default=by_lax) if use_onednn else by_lax(*operands)
 
 
 def _conv_and_residuals(x, kernel, padding, dtype, use_onednn):

@@ -27,10 +27,9 @@ def main() -> None:
     """Exits with a message if a result differs from lax in float32 by more than the tolerance."""
     for batch, height, width, inputs, outputs, size, padding in _CASES:
         margin, edge = (size // 2, 0) if padding == "SAME" else (0, size - 1)
-        shapes = ((batch, height, width, inputs), (size, size, inputs, outputs))
-        shapes = (*shapes, (batch, height - edge, width - edge, outputs))
-        rng = np.random.default_rng(0)
-        arrays = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
+        x, kernel = (batch, height, width, inputs), (size, size, inputs, outputs)
+        rng, cotangent = np.random.default_rng(0), (batch, height - edge, width - edge, outputs)
+        arrays = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in (x, kernel, cotangent)]
         exact = _three_passes(functools.partial(lax_conv.conv, padding=(margin, margin)), *arrays)
         for operands, result in sorted(onednn.DTYPES):
             f = lambda x, kernel, operands=operands, result=result, padding=padding: conv(

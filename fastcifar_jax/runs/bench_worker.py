@@ -1,106 +1,78 @@
-"""One contender of a benchmark, in a process of its own: takes training steps each time it is told to.
+"""One contender of a benchmark, in a process of its own: takes training steps each time it is asked to.
 
-The parent writes a JSON object with the task on the first line of standard input, then one line for every turn; the
-answers are lines of JSON on standard output.
+The parent writes a JSON object with the task on the first line of standard input, then one line per turn; the answers
+are lines of JSON on standard output.
 """
 
 import functools
-import importlib
-import itertools
 import json
 import math
 import resource
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from fastcifar_jax.data.load import load_data
+from fastcifar_jax.functions import zero_totals
+from fastcifar_jax.hparams import hparams
+from fastcifar_jax.models.base import PRECISIONS
 from fastcifar_jax.ops import backend, conv
-from fastcifar_jax.recipe import change
-from fastcifar_jax.runs import experiments as discover
-from fastcifar_jax.runs import provenance
+from fastcifar_jax.recipe import Recipe, change
+from fastcifar_jax.runs import experiments
+from fastcifar_jax.train import compile_run
+from fastcifar_jax.types import Dataset
 
 STEPS = 2  # at a time: two that are not timed and two that are, in every turn
 
+Prepared = tuple[Callable[[], None], dict[str, Any]]  # takes `STEPS` steps; what is known about it
 
-def prepare_jax(recipe, dataset, num_classes):
-    """Returns a function that takes steps of a recipe, as training takes them, and what is known about it."""
-    import jax
-    import jax.numpy as jnp
 
-    from fastcifar_jax.functions import make_functions, shapes_of, zero_totals
-
+def prepare_jax(recipe: Recipe, num_classes: int, dataset: Dataset) -> Prepared:
+    """The first steps of an epoch, again and again, by the programs of a run."""
     backend.configure_cpu()
     dataset = jax.device_put(dataset)
-    functions = make_functions(recipe, num_classes, len(dataset.train_labels))
-    shapes = shapes_of(functions, recipe, dataset)
-    steps_per_epoch = len(dataset.train_labels) // recipe.batch_size
+    run = compile_run(recipe, num_classes, dataset)
+    values, key, totals = hparams(recipe), jax.random.key(0), zero_totals(recipe)
+    state, plan = run.init(key, dataset), run.plan(key, np.int32(1), dataset)
+    per_call = 1 if run.loop == "step" else STEPS
 
-    def steps(state, totals, dataset, plan, first):
-        def body(carry, i):
-            return functions.train_batch(*carry, dataset, plan, i % steps_per_epoch), None
+    def take():
+        nonlocal state, totals
+        for start in range(0, STEPS, per_call):
+            state, totals = run.train_steps(1, values, dataset, plan, state, totals, start, per_call)
+        jax.block_until_ready((state, totals))
 
-        return jax.lax.scan(body, (state, totals), first + jnp.arange(STEPS))[0]
+    return take, {"compile_seconds": run.seconds, "conv": backend.conv_backend()[0], "version": jax.__version__}
 
+
+def prepare_torch(recipe: Recipe, num_classes: int, dataset: Dataset, compiled: bool, tuned: bool) -> Prepared:
+    """The same in PyTorch; see `torch_baseline.bench.prepare`."""
+    from fastcifar_jax.torch_baseline import bench, train  # an extra that the other contenders do without
+
+    take = bench.prepare(recipe, num_classes, dataset, compiled=compiled, tuned=tuned)
     start = time.perf_counter()
-    lowered = jax.jit(steps, donate_argnums=(0, 1)).lower(
-        shapes.state, shapes.totals, dataset, shapes.plan, shapes.index
-    )
-    program = lowered.compile(backend.compiler_options())
+    take(1)
     seconds = time.perf_counter() - start
-    state = jax.jit(functions.init)(jax.random.key(0), dataset)
-    plan = jax.jit(functions.plan)(jax.random.key(0), jnp.int32(1), dataset)
-    carry = [state, zero_totals(recipe)]
-
-    def take(first):
-        carry[:] = jax.block_until_ready(program(*carry, dataset, plan, np.int32(first)))
-
-    return take, {"compile_seconds": seconds, "conv": backend.conv_backend()[0], "version": jax.__version__}
+    return functools.partial(take, STEPS), {"compile_seconds": seconds, "version": train.versions()["torch"]}
 
 
-def prepare_torch(recipe, dataset, num_classes, twin, dtype, compiled, tuned):
-    """The same for the PyTorch twin; `tuned` gives it the memory settings that JAX gets here."""
-    import torch
-
-    if tuned:
-        backend.keep_freed_memory()
-    torch.set_num_threads(provenance.device()["cores"])
-    pad = next((a.padding for a in recipe.augmentations if hasattr(a, "padding")), 0)
-    padded = np.pad(dataset.train_images, ((0, 0), (pad, pad), (pad, pad), (0, 0)), mode="reflect")
-    images, labels = torch.from_numpy(padded), torch.from_numpy(dataset.train_labels).long()
-    steps_per_epoch = len(labels) // recipe.batch_size
-    step = twin.make_train_step(recipe, num_classes, steps_per_epoch, bfloat16=dtype == "bfloat16", compiled=compiled)
-    order = torch.randperm(len(labels))
-    ids = lambda i: order[i % steps_per_epoch * recipe.batch_size :][: recipe.batch_size]
-
-    def take(first):
-        for i in range(first, first + STEPS):
-            step(images, labels, ids(i))
-
-    start = time.perf_counter()
-    step(images, labels, ids(0))
-    seconds = time.perf_counter() - start
-    return take, {"compile_seconds": seconds, "version": torch.__version__}
-
-
-def layer_rates(recipe, num_classes: int, repeats: int = 5) -> dict:
+def layer_rates(recipe: Recipe, num_classes: int, repeats: int = 5) -> dict[str, Any]:
     """GFLOP/s of every convolution and pass of a recipe's network, and of one large product for comparison.
 
     Args:
       recipe: its batch size, network and compute dtype are used, on images of 32x32.
       num_classes: size of the logits.
-      repeats: the fastest of so many is taken.
+      repeats: how often each is timed; the fastest counts.
 
     Returns:
       `{"layers": {name: {"shape": ..., "forward": ..., "input": ..., "weight": ...}}, "ceiling": GFLOP/s}`.
     """
-    import jax
-    import jax.numpy as jnp
-
-    from fastcifar_jax.models.base import PRECISIONS
-
     backend.configure_cpu()
     precision = PRECISIONS[recipe.compute_dtype]
     model = recipe.model(num_classes, recipe.compute_dtype)
@@ -144,34 +116,34 @@ def layer_rates(recipe, num_classes: int, repeats: int = 5) -> dict:
 
 
 def main() -> None:
-    """Reads the task and obeys."""
+    """Reads the task and answers until standard input ends."""
     task = json.loads(sys.stdin.readline())
     folder = Path(task["folder"]) if task["folder"] else None
     path = Path(task["path"])
-    declared = discover.resolve((task["experiment"] if path.parent == folder else str(path),), folder)
+    declared = experiments.resolve((task["experiment"] if path.parent == folder else str(path),), folder)
     [experiment] = (e for e in declared if e.recipe.name == task["experiment"])
     dataset, info = load_data(task["data"], limit_train=task["limit_train"])
-    recipe = change(experiment.recipe, task["set"], None, task["width"], task["dtype"])
-    answer = lambda **values: print(json.dumps(values), flush=True)
+    recipe, num_classes = change(experiment.recipe, task["set"], None, task["width"], task["dtype"]), len(info.classes)
     if task["kind"] == "layers":
-        answer(**layer_rates(recipe, len(info.classes)))
+        _answer(**layer_rates(recipe, num_classes))
         return
     if task["kind"] == "jax":
-        take, known = prepare_jax(recipe, dataset, len(info.classes))
+        take, known = prepare_jax(recipe, num_classes, dataset)
     else:
-        twin = importlib.import_module("fastcifar_jax.torch_baseline.train")
-        take, known = prepare_torch(
-            recipe, dataset, len(info.classes), twin, task["torch_dtype"], task["compiled"], task["tuned"]
-        )
-    first = itertools.count(step=STEPS)
-    take(next(first))
-    answer(**known, data={"source": info.source, "hash": info.hash})
+        take, known = prepare_torch(recipe, num_classes, dataset, task["compiled"], task["tuned"])
+    take()
+    _answer(**known, data={"source": info.source, "hash": info.hash})
     for _ in sys.stdin:
-        take(next(first))  # untimed: memory that lay idle while others ran may have to come back first
+        take()  # untimed: memory that was idle while others ran may have to come back first
         start = time.perf_counter()
-        take(next(first))
+        take()
         seconds = (time.perf_counter() - start) / STEPS
-        answer(seconds=seconds, peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        _answer(seconds=seconds, peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+def _answer(**values: Any) -> None:
+    sys.stdout.write(json.dumps(values) + "\n")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":

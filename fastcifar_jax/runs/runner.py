@@ -172,7 +172,8 @@ def _run_seed(spec, seed, settings, programs, on_steps):
             resume, message = _resume(spec, state_file, new)
             yield message
         yield "training"
-        yield from resume.epochs if resume else ()
+        snapshot, rows = resume, resume.epochs if resume else ()  # a checkpoint of the last epoch leaves none to train
+        yield from rows
         for snapshot in _snapshots(spec, seed, programs, resume, on_steps):
             rows = snapshot.epochs
             if settings.checkpoint:

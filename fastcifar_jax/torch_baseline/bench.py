@@ -1,21 +1,20 @@
-"""Training steps of a recipe in PyTorch, to be timed."""
+"""Training steps of a recipe in PyTorch, to be timed on the CPU."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
 from fastcifar_jax.ops import backend
 from fastcifar_jax.recipe import Recipe
 from fastcifar_jax.torch_baseline.augment import make_batch, plan_epoch
-from fastcifar_jax.torch_baseline.train import available_cores, check_trainable, set_up, versions
+from fastcifar_jax.torch_baseline.train import available_cores, check_trainable, set_up
 from fastcifar_jax.types import Dataset
 
 
 def prepare(
     recipe: Recipe, num_classes: int, dataset: Dataset, *, compiled: bool, tuned: bool
-) -> tuple[Callable[[int], None], dict[str, Any]]:
-    """A function that takes one step on the CPU, as runs do, and what is known about it.
+) -> Callable[[int], None]:
+    """A function that takes the first steps of an epoch, as many as its argument says, as runs take them.
 
     Args:
       recipe: what to time.
@@ -24,9 +23,6 @@ def prepare(
       compiled: whether the network goes through `torch.compile`.
       tuned: whether freed memory is kept, as for JAX.
 
-    Returns:
-      `take(step)`, and the versions.
-
     Raises:
       ValueError: a recipe that PyTorch cannot train.
     """
@@ -34,12 +30,13 @@ def prepare(
     if tuned:
         backend.keep_freed_memory()
     torch.set_num_threads(available_cores())
-    data, trainer = set_up(recipe, num_classes, 0, dataset, "cpu", compiled=compiled)
+    data, trainer = set_up(recipe, num_classes, 0, dataset, "cpu", compiled)
     plan = plan_epoch(recipe, 0, 1, *data.train_images.shape[:3])
     batches = plan.order.split(recipe.batch_size)[: trainer.steps_per_epoch]
 
-    def take(step: int) -> None:
-        ids = batches[step % len(batches)]
-        trainer.step(make_batch(recipe, data.train_images, plan, ids, trainer.dtype), data.train_labels[ids])
+    def take(num_steps: int) -> None:
+        for step in range(num_steps):
+            ids = batches[step % len(batches)]
+            trainer.step(make_batch(recipe, data.train_images, plan, ids, trainer.dtype), data.train_labels[ids])
 
-    return take, versions()
+    return take

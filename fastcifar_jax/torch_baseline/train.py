@@ -1,9 +1,6 @@
-"""A run in PyTorch as an iterator over its epochs.
+"""A run in PyTorch as an iterator over its epochs. Nothing here was ever run on a CUDA device."""
 
-The choices are those that were fastest on CPUs: channels-last memory, ghost groups as slices of the batch, one gather
-for all crops and flips, multi-tensor updates. Nothing here was ever run on a CUDA device.
-"""
-
+import contextlib
 import functools
 import math
 import operator
@@ -17,6 +14,7 @@ import torch
 from fastcifar_jax.augment import AlternatingFlip, Crop, Cutout, Flip, GroupedSampling, IndependentSampling
 from fastcifar_jax.averaging import Ema, Lookahead
 from fastcifar_jax.evaluate import FlipTTA, NoTTA, SixViewTTA
+from fastcifar_jax.functions import steps_of_epochs
 from fastcifar_jax.losses import CrossEntropy
 from fastcifar_jax.models.activations import Celu, Gelu, Relu
 from fastcifar_jax.models.airnet import AirNet
@@ -25,7 +23,7 @@ from fastcifar_jax.models.resnet9 import ResNet9
 from fastcifar_jax.muon import Muon
 from fastcifar_jax.optim import AirbenchSGD, Nesterov
 from fastcifar_jax.recipe import Recipe, resolve_dtype
-from fastcifar_jax.schedules import Triangle, WarmupDecay, count_steps
+from fastcifar_jax.schedules import count_steps
 from fastcifar_jax.torch_baseline.augment import EpochPlan, make_batch, normalize, plan_epoch
 from fastcifar_jax.torch_baseline.evaluate import CHUNK, evaluate
 from fastcifar_jax.torch_baseline.models import set_whitening_filters
@@ -34,8 +32,10 @@ from fastcifar_jax.train import Diverged
 from fastcifar_jax.types import Dataset, EpochInfo, RunResult, Snapshot, StepInfo
 
 REPORT_SECONDS = 1.0  # between two reports of progress
-KNOWN = {  # in this order: another model need not have these parts
-    "compute_dtype": ("float32", "float64", "mixed", "bfloat16"),
+OnSteps = Callable[[int, int], None]  # (epoch, steps of it that are done)
+Device = str | torch.device | None  # None: CUDA if PyTorch has it, else the CPU
+
+KNOWN_PARTS = {  # in this order: another model need not have the parts below it
     "model": (ResNet9, AirNet),
     "model.norm": (BatchNormConfig,),
     "model.activation": (Relu, Celu, Gelu),
@@ -43,10 +43,10 @@ KNOWN = {  # in this order: another model need not have these parts
     "augmentations": (Crop, Flip, AlternatingFlip, Cutout),
     "sampling": (IndependentSampling, GroupedSampling),
     "optim": (Nesterov, AirbenchSGD, Muon),
-    "optim.schedule": (WarmupDecay, Triangle),
     "average": (Ema, Lookahead, type(None)),
     "tta": (FlipTTA, SixViewTTA, NoTTA),
 }
+DTYPES = ("float32", "float64", "mixed", "bfloat16")
 
 
 def versions() -> dict[str, str]:
@@ -60,15 +60,17 @@ def check_trainable(recipe: Recipe) -> None:
     Raises:
       ValueError: a part does not; the message names it.
     """
-    for name, known in KNOWN.items():
+    for name, known in KNOWN_PARTS.items():
         part = operator.attrgetter(name)(recipe)
         for item in part if name == "augmentations" else (part,):
-            if (item if name == "compute_dtype" else type(item)) not in known:  # a subclass may do anything
-                names = ", ".join("None" if k is type(None) else getattr(k, "__name__", k) for k in known)
+            if type(item) not in known:  # a subclass may do anything
+                names = ", ".join("None" if kind is type(None) else kind.__name__ for kind in known)
                 raise ValueError(
                     f"recipe {recipe.name!r} has {name} {item!r}; the PyTorch baseline has {names}: train it with JAX, "
                     "or add the part to fastcifar_jax/torch_baseline"
                 )
+    if recipe.compute_dtype not in DTYPES:
+        raise ValueError(f"the PyTorch baseline has no compute_dtype {recipe.compute_dtype!r}; use {', '.join(DTYPES)}")
     norm = recipe.model.norm
     if recipe.batch_size % norm.num_groups:
         raise ValueError(
@@ -84,31 +86,29 @@ def train_epochs(
     seed: int,
     dataset: Dataset,
     *,
-    device: str | torch.device | None = None,
-    on_steps: Callable[[int, int], None] | None = None,
+    device: Device = None,
+    on_steps: OnSteps | None = None,
 ) -> Iterator[Snapshot]:
-    """A run as an iterator, with the results of `fastcifar_jax.train.train_epochs`.
+    """A run as an iterator, like `fastcifar_jax.train.train_epochs`.
 
-    The same seed, recipe, data and machine give bitwise the same numbers on a CPU; on a GPU some of PyTorch's kernels
-    add in any order. Another seed draws other weights and plans; the numbers are never JAX's for the same seed.
+    The same seed, recipe, data and machine give bitwise the same numbers on a CPU, which are never JAX's; on a GPU
+    some of PyTorch's kernels add in any order. The compute dtypes "mixed" and "bfloat16" are both autocast to bfloat16
+    over float32 master weights: maps are bfloat16; logits, losses and statistics are float32.
 
-    The compute dtypes "float32" and "float64" are used throughout. "mixed" and "bfloat16" are both PyTorch's autocast
-    to bfloat16 over float32 master weights: maps are bfloat16; logits, losses and statistics are float32.
-
-    Training seconds count drawing the plan and all steps, not evaluation. Setup seconds count the transfer to the
-    device, initialisation and whitening.
+    Training seconds count drawing the plan and all steps; setup seconds count the transfer to the device,
+    initialisation and whitening.
 
     Args:
       recipe: what to run.
       num_classes: size of the logits.
       seed: of the run.
       dataset: NumPy arrays.
-      device: None takes CUDA if PyTorch has it, else the CPU, with as many threads as the process may use cores.
+      device: where to run; on a CPU with one thread per core that the process may use.
       on_steps: called with the epoch and its finished steps about once per second.
 
     Yields:
-      A `Snapshot` per epoch. Its state is the state dict of the network that is evaluated, which the next epoch
-      changes: copy what is kept.
+      A `Snapshot` per epoch, whose state is the state dict of the network that is evaluated. The next epoch changes
+      it: copy what is kept.
 
     Raises:
       Diverged: at the end of an epoch whose loss is not finite.
@@ -116,9 +116,7 @@ def train_epochs(
     """
     recipe = resolve_dtype(recipe)
     check_trainable(recipe)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(available_cores())
-    try:
+    with all_cores():
         seed_weights, seed_plans = map(int, np.random.SeedSequence(seed).generate_state(2))
         began = time.perf_counter()
         data, trainer = set_up(recipe, num_classes, seed_weights, dataset, device)
@@ -126,34 +124,21 @@ def train_epochs(
             torch.cuda.synchronize()
         setup_seconds = time.perf_counter() - began
         rows: tuple[EpochInfo, ...] = ()
-        left = count_steps(recipe.num_epochs, trainer.steps_per_epoch)
-        while left:
-            epoch, num_steps = len(rows) + 1, min(trainer.steps_per_epoch, left)
+        for epoch, num_steps in enumerate(steps_of_epochs(recipe, trainer.steps_per_epoch), start=1):
             began = time.perf_counter()
             plan = plan_epoch(recipe, seed_plans, epoch, *data.train_images.shape[:3])
-            report = None if on_steps is None else functools.partial(on_steps, epoch)
-            totals = _train_epoch(trainer, data, plan, num_steps, report)
+            totals = _train_epoch(trainer, data, plan, num_steps, on_steps and functools.partial(on_steps, epoch))
             seconds = time.perf_counter() - began
             sums = evaluate(recipe, trainer.eval_network, data.test_images, data.test_labels)
             means = [*(x / (num_steps * recipe.batch_size) for x in totals), *(x / len(data.test_labels) for x in sums)]
             rows = (*rows, EpochInfo(epoch, seconds, *means))
             if not (math.isfinite(rows[-1].train_loss) and math.isfinite(rows[-1].test_loss)):
                 raise Diverged(recipe.name, rows)
-            left -= num_steps
             yield Snapshot(trainer.eval_network.state_dict(), rows, setup_seconds)
-    finally:
-        torch.set_num_threads(threads)
 
 
-def make_train(
-    recipe: Recipe, num_classes: int, device: str | torch.device | None = None
-) -> Callable[[int, Dataset], RunResult]:
-    """A whole run as a function of a seed and a data set: `train(seed, dataset) -> RunResult`.
-
-    Args:
-      recipe: what to run.
-      num_classes: size of the logits.
-      device: see `train_epochs`.
+def make_train(recipe: Recipe, num_classes: int, device: Device = None) -> Callable[[int, Dataset], RunResult]:
+    """A whole run as a function of a seed and a data set: `train(seed, dataset) -> RunResult`; see `train_epochs`.
 
     Raises:
       ValueError: a recipe that PyTorch cannot train.
@@ -167,35 +152,38 @@ def make_train(
         warm_up_seconds = 0.0 if shapes in warm else warm_up(recipe, num_classes, dataset, device)
         warm.add(shapes)
         *_, last = train_epochs(recipe, num_classes, seed, dataset, device=device)
-        num_images = count_steps(recipe.num_epochs, len(dataset.train_labels) // recipe.batch_size) * recipe.batch_size
-        rate = num_images / sum(row.train_seconds for row in last.epochs)
+        num_steps = count_steps(recipe.num_epochs, len(dataset.train_labels) // recipe.batch_size)
+        rate = num_steps * recipe.batch_size / sum(row.train_seconds for row in last.epochs)
         return RunResult(last.state, last.epochs, last.setup_seconds, warm_up_seconds, rate)
 
     return train
 
 
-def warm_up(recipe: Recipe, num_classes: int, dataset: Dataset, device: str | torch.device | None = None) -> float:
-    """Seconds of one step and one evaluation with a network that is thrown away, for the clocks of runs after it."""
+def warm_up(recipe: Recipe, num_classes: int, dataset: Dataset, device: Device = None) -> float:
+    """Takes one step and one evaluation with a network that is thrown away; returns the seconds."""
     began = time.perf_counter()
     sizes = (recipe.batch_size, recipe.batch_size, CHUNK, CHUNK)
     few = Dataset(*(array[:size] for array, size in zip(dataset, sizes, strict=True)))
-    next(train_epochs(recipe, num_classes, 0, few, device=device))
+    with all_cores():
+        data, trainer = set_up(recipe, num_classes, 0, few, device)
+        _train_epoch(trainer, data, plan_epoch(recipe, 0, 1, *data.train_images.shape[:3]), 1)
+        evaluate(recipe, trainer.eval_network, data.test_images, data.test_labels)
     return time.perf_counter() - began
 
 
 def set_up(
-    recipe: Recipe, num_classes: int, seed: int, dataset: Dataset, device: str | torch.device | None, **options: bool
+    recipe: Recipe, num_classes: int, seed: int, dataset: Dataset, device: Device, compiled: bool = False
 ) -> tuple[Dataset, Trainer]:
-    """The data as tensors on the device, and a network with whitening filters; `options` are those of `Trainer`."""
+    """The data as tensors on the device, and a trainer whose network has its whitening filters."""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     # PyTorch warns of arrays that it could not write to.
-    data = Dataset(*(torch.from_numpy(np.require(a, requirements=("C", "W"))).to(device) for a in dataset))
+    data = Dataset(*(torch.from_numpy(np.require(array, requirements=("C", "W"))).to(device) for array in dataset))
     data = data._replace(train_labels=data.train_labels.long(), test_labels=data.test_labels.long())
     if not (steps_per_epoch := len(data.train_labels) // recipe.batch_size):
         raise ValueError(
             f"batch_size {recipe.batch_size} is larger than the {len(data.train_labels)} training images; set it lower"
         )
-    trainer = Trainer(recipe, num_classes, steps_per_epoch, seed, device, **options)
+    trainer = Trainer(recipe, num_classes, steps_per_epoch, seed, device, compiled)
     images = normalize(recipe, data.train_images[: recipe.init_images], trainer.dtype)
     for network in filter(None, (trainer.network, trainer.average)):
         set_whitening_filters(network, images)
@@ -203,9 +191,9 @@ def set_up(
 
 
 def _train_epoch(
-    trainer: Trainer, data: Dataset, plan: EpochPlan, num_steps: int, report: Callable[[int], None] | None
+    trainer: Trainer, data: Dataset, plan: EpochPlan, num_steps: int, report: Callable[[int], None] | None = None
 ) -> StepInfo:
-    """Takes `num_steps` steps; returns the sums over their images, as Python numbers."""
+    """Takes the first steps of an epoch; returns the sums over their images, as Python numbers."""
     recipe, images, labels = trainer.recipe, data.train_images, data.train_labels
     plan = EpochPlan(plan.order.to(images.device), tuple(option.to(images.device) for option in plan.options))
     trainer.network.train()
@@ -218,6 +206,17 @@ def _train_epoch(
             report(i)
             reported = time.perf_counter()
     return StepInfo(*(total.item() for total in totals))  # waits for the device
+
+
+@contextlib.contextmanager
+def all_cores() -> Iterator[None]:
+    """PyTorch with as many threads as the process may use cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(available_cores())
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def available_cores() -> int:

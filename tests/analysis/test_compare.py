@@ -3,11 +3,13 @@
 import json
 
 import pytest
+from hypothesis import strategies as st
 
 from fastcifar_jax.analysis import compare as comparison
 from fastcifar_jax.analysis import stats
 from fastcifar_jax.analysis.compare import Arm, CompareOptions, group_arms, load_arm
 from fastcifar_jax.runs import records
+from tests.helpers_fuzz import COUNTS, fuzz
 from tests.helpers_records import RECORD, with_changes
 
 A = (0.9401, 0.9412, 0.9398, 0.9405)
@@ -155,3 +157,19 @@ def test_parse_arm():
     for text in ("", "final@xyz", "@12"):
         with pytest.raises(ValueError, match="is not an arm; give an experiment's name"):
             comparison.parse_arm(text)
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_any_arm(count):
+    def body(text):
+        try:
+            framework, experiment, prefix = comparison.parse_arm(text)
+        except ValueError as error:
+            assert "is not an arm" in str(error)
+            return
+        assert framework in ("jax", "torch") and experiment and "@" not in experiment
+        assert set(prefix) <= set("0123456789abcdef")
+        assert text.endswith(f"{experiment}@{prefix}" if prefix else experiment)
+
+    pieces = st.sampled_from(("jax", "torch", ":", "@", "final", "*", ".py", "1a2b", "\n", "\0", "\ud800"))
+    fuzz(count, st.lists(pieces | st.text(max_size=5), max_size=6).map("".join), body)

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from fastcifar_jax.models.activations import Celu, Gelu, Relu
-from fastcifar_jax.models.layers import BatchNormConfig
+from fastcifar_jax.models.base import PRECISIONS
+from fastcifar_jax.models.layers import BatchNormConfig, GhostBatchNorm, linen_model
 from fastcifar_jax.models.resnet9 import ResNet9
-from fastcifar_jax.ops.conv import conv
 
 BASELINE = ResNet9()
 FINAL = ResNet9(
@@ -60,17 +60,19 @@ def test_macs_per_layer_and_image_size():
     assert total_macs(model.macs(variables, images_of(1, 16))) == (379_261_952 - 5120) // 4 + 5120
 
 
-def test_extra_and_residual_layers():
+def test_width_and_extra_and_residual_layers():
     """One convolution of equal width with its norm: 9 C^2 weights, 2 C of the norm."""
     _, more = shapes_of(replace(BASELINE, extra_layers=("layer1", "layer2", "layer3")))
     assert count(more["params"]) - 6_573_120 == sum(9 * c * c + 2 * c for c in (128, 256, 512))
     _, backbone = shapes_of(replace(BASELINE, res_layers=()))
+    assert BASELINE.with_width(16).channels == (16, 32, 64, 128)
     assert 6_573_120 - count(backbone["params"]) == sum(2 * (9 * c * c + 2 * c) for c in (128, 512))
 
 
-def test_initial_weights_have_pytorchs_distribution(key):
+def test_initial_weights_have_pytorchs_distribution():
     """U(-b, b) with b = 1/sqrt(fan_in) (section 1.8)."""
-    params = replace(BASELINE, channels=(32, 32, 32, 64))(10).init(key, images_of(1, 8))["params"]
+    init = replace(BASELINE, channels=(32, 32, 32, 64))(10).init
+    params = jax.jit(init)(jax.random.key(0, impl="rbg"), images_of(1, 8))["params"]
     kernels = [params["prep"]["conv"]["kernel"], params["layer3"]["res2"]["conv"]["kernel"], params["linear"]]
     for kernel, fan_in in zip(kernels, (27, 576, 64), strict=True):
         bound = fan_in**-0.5
@@ -78,7 +80,8 @@ def test_initial_weights_have_pytorchs_distribution(key):
         assert float(kernel.std()) == pytest.approx(bound / 3**0.5, rel=0.03)
 
 
-def test_celu_golden():
+def test_relu_and_celu_golden():
+    assert Relu()(jnp.array([-1.0, 2.0])).tolist() == [0.0, 2.0]
     assert float(Celu(0.3)(jnp.float32(-0.3))) == pytest.approx(-0.1896361676, rel=1e-6)
     assert float(Celu(0.075)(jnp.float32(-0.075))) == pytest.approx(-0.0474090419, rel=1e-6)
     assert Celu(0.3)(jnp.array([2.0])).tolist() == [2.0]
@@ -94,11 +97,8 @@ def test_celu_slope(alpha):
 
 
 def test_pooling_before_the_activation_is_the_same_function(key):
-    """The activation is monotone, so it commutes with the maximum; the norm's statistics do not.
-
-    A function that does not say so of itself is left where it is, and its pool apart from the norm.
-    """
-    images = images_of(8)
+    """A monotonic activation commutes with the maximum; one without `MONOTONIC` stays before a pool of its own."""
+    images = images_of(8, 16)
     plain, late, early = (
         ResNet9(**SMALL, pool_order=order, activation=activation)(10)
         for order, activation in (
@@ -107,94 +107,74 @@ def test_pooling_before_the_activation_is_the_same_function(key):
             ("conv_norm_pool_act", Celu(0.3)),
         )
     )
-    variables = late.init(key, images)
-    for train in (True, False):
-        for other in (late, early):
-            chex.assert_trees_all_close(
-                other.apply(variables, images, train), plain.apply(variables, images, train), atol=1e-5
-            )
-    text = lambda model: jax.jit(model.apply, static_argnums=2).lower(variables, images, True).as_text()
-    assert text(late) == text(early) != text(plain)
+    variables = early.init(key, images)
+    apply = lambda model: jax.jit(model.apply, static_argnums=2)
+    for train in (False, True):
+        text = lambda model, train=train: apply(model).lower(variables, images, train).as_text()
+        assert text(late) == text(early) != text(plain)
+        found, expected = (apply(model)(variables, images, train) for model in (late, plain))
+        chex.assert_trees_all_close(found, expected, atol=1e-5)
     other = ResNet9(**SMALL, pool_order="conv_pool_norm_act", activation=Celu(0.3))(10)
-    assert not np.allclose(other.apply(variables, images, True)[0], late.apply(variables, images, True)[0], atol=1e-3)
+    assert not np.allclose(apply(other)(variables, images, True)[0], found[0], atol=1e-3)
 
 
-def prep_statistics(norm, images, key, steps=1):
-    """Running statistics of the first norm after `steps` training passes, and the maps that it normalises."""
-    model = ResNet9(**SMALL, norm=norm)(10)
-    variables = model.init(key, images)
-    for _ in range(steps):
-        variables = {**variables, "batch_stats": model.apply(variables, images, True)[1]}
-    maps = np.asarray(conv(images, variables["params"]["prep"]["conv"]["kernel"]), np.float64)
-    return variables["batch_stats"]["prep"]["norm"], maps
+def norm_alone(**config):
+    """A network that is one norm, its variables for maps of three channels, and maps whose groups of four differ."""
+    config = BatchNormConfig(**config)
+    model = linen_model(GhostBatchNorm(config, PRECISIONS["float32"]), config)
+    maps = images_of(8, 4) * jnp.arange(1.0, 9.0)[:, None, None, None] + 1
+    return model, model.init(jax.random.key(0), maps), maps
 
 
 @pytest.mark.parametrize("num_groups", [1, 4])
-def test_running_statistics_of_interleaved_groups(key, num_groups):
+def test_running_statistics_of_interleaved_groups(num_groups):
     """From init, 0.1 mean and 0.9 + 0.1 unbiased variance of the images n with n % groups == g."""
-    statistics, maps = prep_statistics(BatchNormConfig(num_groups=num_groups), images_of(8, 8), key)
+    model, variables, maps = norm_alone(num_groups=num_groups)
+    statistics = model.apply(variables, maps, True)[1]
     for g in range(num_groups):
-        group = maps[g::num_groups].reshape(-1, maps.shape[-1])
+        group = np.asarray(maps, np.float64)[g::num_groups].reshape(-1, 3)
         np.testing.assert_allclose(statistics["mean"][g], 0.1 * group.mean(0), atol=1e-6)
         np.testing.assert_allclose(statistics["var"][g], 0.9 + 0.1 * group.var(0, ddof=1), rtol=1e-5)
 
 
-def test_training_normalises_each_group_by_itself(key):
-    """The images of one ghost group do not see those of the others."""
-    model = ResNet9(**SMALL, norm=BatchNormConfig(num_groups=2))(10)
-    images = images_of(8, 8)
-    variables = model.init(key, images)
-    changed = images.at[1::2].apply(jnp.square)  # a mere factor would be normalised away
-    before, after = (model.apply(variables, x, True)[0] for x in (images, changed))
+def test_training_normalises_each_group_by_itself():
+    """The images of one ghost group do not depend on those of the others."""
+    model, variables, maps = norm_alone(num_groups=2)
+    changed = maps.at[1::2].apply(jnp.square)  # a mere factor would be normalised away
+    before, after = (model.apply(variables, x, True)[0] for x in (maps, changed))
     np.testing.assert_array_equal(before[::2], after[::2])
     assert not np.allclose(before[1::2], after[1::2], atol=1e-3)
 
 
-def test_evaluation_takes_the_mean_over_groups_or_group_0(key):
-    images = images_of(8, 8)
-    merged, eval_first_group = (
-        ResNet9(**SMALL, norm=BatchNormConfig(num_groups=4, eval_first_group=f))(10) for f in (False, True)
-    )
-    variables = merged.init(key, images)
-    statistics = merged.apply(variables, images * jnp.arange(1.0, 9.0)[:, None, None, None], True)[1]
-    by_hand = {
-        "merged": jax.tree.map(lambda s: jnp.broadcast_to(s.mean(0, keepdims=True), s.shape), statistics),
-        "group 0": jax.tree.map(lambda s: jnp.broadcast_to(s[:1], s.shape), statistics),
-    }
-    logits = lambda model, stats: model.apply({**variables, "batch_stats": stats}, images, False)[0]
-    chex.assert_trees_all_close(logits(merged, statistics), logits(eval_first_group, by_hand["merged"]), rtol=1e-5)
-    chex.assert_trees_all_close(logits(eval_first_group, statistics), logits(merged, by_hand["group 0"]), rtol=1e-5)
-    chex.assert_trees_all_close(eval_first_group.finalize_batch_stats(statistics), by_hand["merged"], rtol=1e-6)
+def test_evaluation_takes_the_mean_over_groups_or_group_0():
+    (merged, variables, maps), (first_group, *_) = (norm_alone(num_groups=4, eval_first_group=f) for f in (False, True))
+    statistics = merged.apply(variables, maps, True)[1]
+    to_all = lambda merge: jax.tree.map(lambda s: jnp.broadcast_to(merge(s), s.shape), statistics)
+    mean, group_0 = to_all(lambda s: s.mean(0, keepdims=True)), to_all(lambda s: s[:1])
+    output = lambda model, stats: model.apply({**variables, "batch_stats": stats}, maps, False)[0]
+    chex.assert_trees_all_close(output(merged, statistics), output(first_group, mean), rtol=1e-5)
+    chex.assert_trees_all_close(output(first_group, statistics), output(merged, group_0), rtol=1e-5)
+    chex.assert_trees_all_close(first_group.finalize_batch_stats(statistics), mean, rtol=1e-6)
     chex.assert_trees_all_equal(merged.finalize_batch_stats(statistics), statistics)
-
-
-def test_merging_at_evaluation_needs_no_writing_back(key):
-    """The mean over groups of the running statistics is the same whether training goes on from merged ones or not."""
-    images = images_of(8, 8)
-    model = ResNet9(**SMALL, norm=BatchNormConfig(num_groups=4))(10)
-    variables = model.init(key, images)
-    first = model.apply(variables, images * jnp.arange(1.0, 9.0)[:, None, None, None], True)[1]
-    written = jax.tree.map(lambda s: jnp.broadcast_to(s.mean(0, keepdims=True), s.shape), first)
-    after = lambda stats: jax.tree.map(
-        lambda s: s.mean(0), model.apply({**variables, "batch_stats": stats}, images, True)[1]
-    )
-    chex.assert_trees_all_close(after(first), after(written), rtol=1e-5)
+    # Merged statistics need not be written back: training goes on to the same mean from both.
+    after = lambda s: merged.apply({**variables, "batch_stats": s}, maps, True)[1]
+    chex.assert_trees_all_close(*(jax.tree.map(lambda s: s.mean(0), after(s)) for s in (statistics, mean)), rtol=1e-5)
 
 
 def test_evaluation_leaves_statistics_and_does_not_mix_images(key):
-    images = images_of(4, 16)
+    images = images_of(4, 8)
     model = replace(FINAL, **SMALL, norm=BatchNormConfig(num_groups=2, train_scale=False))(10)
-    variables = model.init(key, images_of(16, 16, seed=1))
-    together, statistics = model.apply(variables, images, False)
-    alone = jnp.concatenate([model.apply(variables, image[None], False)[0] for image in images])
-    chex.assert_trees_all_close(together, alone, atol=1e-5)
-    assert statistics is variables["batch_stats"]
+    variables = model.init(key, images_of(16, 8, seed=1))
+    apply = jax.jit(lambda images: model.apply(variables, images, False))
+    together, statistics = apply(images)
+    chex.assert_trees_all_close(together, jnp.concatenate([apply(image[None])[0] for image in images]), atol=1e-5)
+    chex.assert_trees_all_equal(statistics, variables["batch_stats"])
 
 
-def test_batch_that_ghost_groups_do_not_divide(key):
-    model = ResNet9(**SMALL, norm=BatchNormConfig(num_groups=4))(10)
+def test_batch_that_ghost_groups_do_not_divide():
+    model, variables, maps = norm_alone(num_groups=4)
     with pytest.raises(ValueError, match="batch of 6 images is not 4 equal ghost groups"):
-        model.apply(model.init(key, images_of(6, 8)), images_of(6, 8), True)
+        model.apply(variables, maps[:6], True)
 
 
 @pytest.mark.parametrize("compute_dtype", ["float32", "mixed", "bfloat16", "float16"])
@@ -204,14 +184,9 @@ def test_weights_stay_float32_whatever_is_computed(key, compute_dtype):
     variables = model.init(key, images)
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
     logits, statistics = model.apply(variables, images, True)
-    assert logits.dtype == jnp.float32
-    assert {leaf.dtype for leaf in jax.tree.leaves(statistics)} == {jnp.dtype("float32")}
+    assert {leaf.dtype for leaf in (logits, *jax.tree.leaves(statistics))} == {jnp.dtype("float32")}
     exact = replace(FINAL, **SMALL)(10).apply(variables, images, True)[0]
     chex.assert_trees_all_close(logits, exact, atol=0.05 * float(jnp.abs(exact).max()))
-
-
-def test_width():
-    assert ResNet9().with_width(16).channels == (16, 32, 64, 128)
 
 
 @pytest.mark.parametrize(
@@ -227,10 +202,6 @@ def test_width():
 def test_refuses(make, message):
     with pytest.raises(ValueError, match=message):
         make()
-
-
-def test_relu():
-    assert Relu()(jnp.array([-1.0, 2.0])).tolist() == [0.0, 2.0]
 
 
 def test_gelu_is_the_exact_form():

@@ -8,7 +8,7 @@ from fastcifar_jax.ops.conv import conv
 
 
 def smooth_images(num_images, size=12):
-    """Correlated pixels, so that the eigenvalues spread as those of images do."""
+    """Correlated pixels, so that the eigenvalues vary as those of images do."""
     noise = np.random.default_rng(0).normal(size=(num_images, size + 3, size + 3, 3))
     near = sum(noise[:, i : i + size, j : j + size] for i in range(4) for j in range(4)) / 8
     return near + near.mean(-1, keepdims=True)
@@ -17,12 +17,8 @@ def smooth_images(num_images, size=12):
 def numpy_moments(images, size):
     """Float64 twin, window by window."""
     n, height, width, _ = images.shape
-    rows = [
-        images[:, i : i + size, j : j + size].reshape(n, -1)
-        for i in range(height - size + 1)
-        for j in range(width - size + 1)
-    ]
-    x = np.concatenate(rows)
+    corners = np.ndindex(height - size + 1, width - size + 1)
+    x = np.concatenate([images[:, i : i + size, j : j + size].reshape(n, -1) for i, j in corners])
     return x.T @ x / (len(x) - 1)
 
 
@@ -47,7 +43,7 @@ def test_moments_are_not_centred():
 
 
 def test_filters_whiten_their_own_sample():
-    """W S W^T = diag(l / (l + eps)): uncorrelated, and damped where the eigenvalue is small. Sign and order free."""
+    """W S W^T = diag(l / (l + eps)): uncorrelated, and smaller where the eigenvalue is small."""
     eps = 1e-2
     images = smooth_images(300)
     moments = numpy_moments(images, 3)
@@ -59,13 +55,7 @@ def test_filters_whiten_their_own_sample():
 def test_filters_have_the_orientation_of_the_patches():
     """Through the convolution, response i has mean square l_i / (l_i + eps) where no padding is seen."""
     images = jnp.asarray(smooth_images(200), jnp.float32)
-    response = conv(images, whitening_filters(images))[:, 1:-1, 1:-1]
+    response = jax.jit(lambda images: conv(images, whitening_filters(images)))(images)[:, 1:-1, 1:-1]
     eigenvalues = np.linalg.eigvalsh(numpy_moments(np.asarray(images, np.float64), 3))[::-1]
     second = jnp.mean(jnp.square(response), (0, 1, 2))
     np.testing.assert_allclose(second, eigenvalues / (eigenvalues + 1e-2), rtol=2e-3, atol=1e-4)
-
-
-def test_jit_equals_eager():
-    images = jnp.asarray(smooth_images(40), jnp.float32)
-    a, b = whitening_filters(images), jax.jit(whitening_filters)(images)
-    np.testing.assert_allclose(jnp.abs(a), jnp.abs(b), atol=1e-3)

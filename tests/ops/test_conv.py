@@ -33,6 +33,7 @@ SHAPES = {  # batch, height, width, inputs, outputs, kernel size, and "VALID" wh
     "as large as the map": (16, 3, 3, 8, 8, (3, 3), "VALID"),
 }
 LAX_SHAPES = ("odd sizes", "3x1", "2x2 whitening, not padded")  # lax has no special cases
+EVERY_PRECISION = ("plain", "several chunks", "side by side", "3x3, not padded")  # by default
 PRECISIONS = {  # operands, x, largest error as a fraction of the largest value
     "float32": ("float32", "float32", 1e-5),
     "mixed": ("bfloat16", "float32", 1e-2),
@@ -101,8 +102,16 @@ def close(found, expected, tolerance):
     assert np.abs(found - expected).max() <= tolerance * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize(("name", "shape"), [*(("onednn", s) for s in SHAPES), *(("lax", s) for s in LAX_SHAPES)])
+@pytest.mark.parametrize(
+    ("name", "shape", "precision"),
+    [
+        pytest.param(name, shape, precision, marks=pytest.mark.slow if other and name == "onednn" else ())
+        for name, shapes in (("onednn", SHAPES), ("lax", LAX_SHAPES))
+        for shape in shapes
+        for precision in PRECISIONS
+        for other in [precision != "float32" and shape not in EVERY_PRECISION]
+    ],
+)
 def test_all_passes_match_float64(force, name, shape, precision):
     force(name)
     operands, dtype, tolerance = PRECISIONS[precision]

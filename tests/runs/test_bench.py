@@ -1,8 +1,6 @@
-import io
 import json
 
 import pytest
-from rich.console import Console
 
 from experiments.quickstart import quickstart
 from fastcifar_jax.cli import app as cli
@@ -10,10 +8,6 @@ from fastcifar_jax.ops import backend
 from fastcifar_jax.runs import bench
 
 TASK = {"experiment": "x", "path": "no_such_file.py", "folder": None, "data": "digits", "limit_train": 128}
-
-
-def quiet():
-    return Console(file=io.StringIO(), width=120)
 
 
 def result(seconds):
@@ -50,9 +44,11 @@ def test_contenders():
 
 def test_a_contender_that_fails_is_left_out_with_its_reason():
     broken = bench.Contender("broken", {**TASK, "kind": "jax", "dtype": "mixed"})
-    results, failed = bench.measure([broken], 64, 5, quiet())
+    said = []
+    results, failed = bench.measure([broken], 64, 5, said.append)
     assert results == {}
     assert "there is no file no_such_file.py" in failed["broken"]
+    assert said == ["broken: compiling and warming up", f"broken: left out: {failed['broken']}"]
 
 
 def test_bench_command_measures_and_writes_json(tmp_path, capsys, monkeypatch):

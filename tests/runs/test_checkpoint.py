@@ -1,6 +1,5 @@
 """A run that is interrupted and continues ends like an undisturbed one, bit for bit but for the times."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -11,17 +10,15 @@ import pytest
 
 from experiments.airbench import airbench94, airbench94_muon
 from experiments.bag_of_tricks import final
-from fastcifar_jax.augment import Crop
 from fastcifar_jax.cli import app as cli
-from fastcifar_jax.data.load import load_data
-from fastcifar_jax.evaluate import NoTTA
 from fastcifar_jax.functions import make_functions, shapes_of
 from fastcifar_jax.runs import records
 from fastcifar_jax.runs.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from fastcifar_jax.train import make_train
-from fastcifar_jax.types import Dataset, EpochInfo, Snapshot, TrainState
+from fastcifar_jax.train import compile_run, train_epochs
+from fastcifar_jax.types import EpochInfo, Snapshot, TrainState
 from tests.helpers_records import RECORD, with_changes
 from tests.helpers_runs import ARGUMENTS, leftovers, raises, records_of
+from tests.helpers_train import DATASET, NUM_TRAIN, linear, numbers, small
 
 ROWS = (EpochInfo(1, 3.5, 1.5, 0.5, 1.25, 0.75, 1.2, 0.1 + 0.2), EpochInfo(2, 0.1, 0.5, 0.75, 0.25, 0.9, 0.2, 0.9))
 
@@ -36,30 +33,26 @@ def assert_same_bits(found, expected):
 @pytest.mark.parametrize(
     "recipe",
     [
-        airbench94,  # AirbenchSGD, Lookahead
-        pytest.param(final, marks=pytest.mark.slow),  # ghost norm, EMA
-        pytest.param(airbench94_muon, marks=pytest.mark.slow),
+        linear(2.6, recipe=airbench94),  # AirbenchSGD, Lookahead
+        pytest.param(small(final, 2.6), marks=pytest.mark.slow),  # ghost norm, EMA
+        pytest.param(small(airbench94_muon, 2.6), marks=pytest.mark.slow),
     ],
     ids=lambda recipe: recipe.name,
 )
 def test_resumed_run_equals_the_undisturbed_one(tmp_path, recipe):
-    """Two and a half epochs of three steps, resumed after each."""
-    dataset, _ = load_data("digits", limit_train=112)
-    digits = jax.device_put(Dataset(*dataset[:2], dataset.test_images[:20], dataset.test_labels[:20]))
-    small = {"init_images": 64, "tta": NoTTA(), "augmentations": (Crop(2),), "batch_size": 32, "num_epochs": 2.5}
-    recipe = replace(recipe, model=recipe.model.with_width(4), compute_dtype="float32", **small)
-    train, key = make_train(recipe, 10), jax.random.key(0)
-    path_after = lambda snapshot: tmp_path / f"{len(snapshot.epochs)}.checkpoint"
-    whole = train(key, digits, on_snapshot=lambda snapshot: save_checkpoint(path_after(snapshot), snapshot, RECORD))
-    like = shapes_of(make_functions(recipe, 10, 112), recipe, digits).state
-    for epoch in (1, 2, 3):
-        resume = load_checkpoint(tmp_path / f"{epoch}.checkpoint", RECORD, like)
-        assert resume.epochs == whole.epochs[:epoch] and resume.setup_seconds == whole.setup_seconds
-        resumed = train(key, digits, resume=resume)
-        assert [row._replace(train_seconds=0) for row in resumed.epochs] == [
-            row._replace(train_seconds=0) for row in whole.epochs
-        ]
-        assert_same_bits(resumed.state, whole.state)
+    """Two epochs of three steps and one of two, resumed after each."""
+    compiled, key, path = compile_run(recipe, 4, DATASET), jax.random.key(0), tmp_path / "x.checkpoint"
+    whole = []
+    for snapshot in train_epochs(recipe, 4, key, DATASET, compiled=compiled):
+        whole.append(jax.device_get(snapshot))
+    like = shapes_of(make_functions(recipe, 4, NUM_TRAIN), recipe, DATASET).state
+    for before in whole[:-1]:
+        save_checkpoint(path, before, RECORD)
+        resume = load_checkpoint(path, RECORD, like)
+        assert resume.epochs == before.epochs and resume.setup_seconds == before.setup_seconds
+        *_, last = train_epochs(recipe, 4, key, DATASET, compiled=compiled, resume=resume)
+        assert numbers(last) == numbers(whole[-1])
+        assert_same_bits(jax.device_get(last.state), whole[-1].state)
 
 
 def make_snapshot():
@@ -216,8 +209,8 @@ def test_compare_continues(six_epochs, call, at_epoch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("run trick.py --mesh 1", "--checkpoint is for one seed after another"),
-        ("run trick.py --distributed", "--checkpoint is for one seed after another"),
+        ("run trick.py --mesh 1", "--checkpoint cannot be combined with --mesh or --distributed"),
+        ("run trick.py --distributed", "--checkpoint cannot be combined with --mesh or --distributed"),
         ("run torch:final", "torch: arms have no checkpoints"),
         ("compare final torch:final --seeds 2", "torch: arms have no checkpoints"),
     ],

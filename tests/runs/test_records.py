@@ -1,16 +1,27 @@
 """Records: what is written is read back, a failed write changes nothing, a foreign file is refused."""
 
+import contextlib
 import dataclasses
+import io
 import json
 import math
 import os
 
 import pytest
+from hypothesis import strategies as st
+from rich.console import Console
 
+from experiments.bag_of_tricks import final
+from fastcifar_jax.analysis import compare as comparison
+from fastcifar_jax.cli import console as view
+from fastcifar_jax.cli.reproduce import check_reproducible, show_rerun
 from fastcifar_jax.runs import records
-from fastcifar_jax.runs.files import dumps
+from fastcifar_jax.runs.files import MAX_BYTES, dumps
+from fastcifar_jax.runs.rebuild import rebuild
 from fastcifar_jax.runs.records import RecordError
+from fastcifar_jax.runs.reproduce import compare_rerun
 from fastcifar_jax.types import EpochInfo
+from tests.helpers_fuzz import COUNTS, SENTINEL, changed, fuzz, mutants
 from tests.helpers_records import DIVERGED, RECORD, RESULT
 
 
@@ -128,8 +139,8 @@ def test_names_cannot_leave_the_folder(tmp_path):
         assert path.parent.parent == tmp_path and path.parent.name not in ("", ".", "..")
 
 
-def text_of(**changes):
-    return json.dumps(json.loads(dumps(records.to_dict(RECORD))) | changes)
+def text_of(record=RECORD, **changes):
+    return json.dumps(json.loads(dumps(records.to_dict(record))) | changes)
 
 
 def with_provenance(**changes):
@@ -179,11 +190,45 @@ def test_damaged_or_foreign_file(tmp_path, text, fault):
         records.find(tmp_path)
 
 
-def test_unreadable_files(tmp_path):
-    (tmp_path / "a.json").write_bytes(b"\xff\xfe\x00")
-    for name, fault in (("a.json", "decode"), ("missing.json", "No such file"), ("", "directory")):
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        (b"[" * 100_000, "recursion"),
+        (b'{"a":' * 100_000, "recursion"),
+        (b"[" * 100 + b"]" * 100, "nested more than 50 deep"),
+        (b"1" * 1_000_000, "digits"),
+        (b'{"seed": NaN}', "NaN is not JSON"),
+        (b"[-Infinity]", "-Infinity is not JSON"),
+        (text_of().replace("0.945", "1e999").encode(), "expected a number or null"),
+        (text_of().replace("0.945", "9" * 400).encode(), "expected a number"),
+        (text_of().replace('"seed": 3', '"seed": ' + "3" * 10**6).encode(), "digits"),
+        (text_of().encode("utf-16"), "decode"),
+        (b"\xff\xfe\x00", "decode"),
+        (b"\0" * 1000, "Expecting value"),
+        (b" " * (MAX_BYTES + 1), "more than 16,777,216 bytes"),
+    ],
+    ids=[f"hostile{i}" for i in range(13)],
+)
+def test_hostile_file(tmp_path, content, fault):
+    path = tmp_path / "record.json"
+    path.write_bytes(content)
+    with pytest.raises(RecordError, match=fault):
+        records.read(path)
+
+
+def test_not_a_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe.json")  # is not waited for
+    for name, fault in (("pipe.json", "not a plain file"), ("missing.json", "No such file"), ("", "directory")):
         with pytest.raises(RecordError, match=fault):
             records.read(tmp_path / name)
+
+
+def test_what_a_terminal_would_obey_is_spelled_out(tmp_path):
+    text, path = "a\x1b[2Jb\rc\0d\ud800e\x9bf\nä", tmp_path / "record.json"
+    data = RECORD.provenance.data | {"source": text}
+    path.write_text(text_of(DIVERGED, error=text, provenance=RECORD.provenance.to_dict() | {"data": data}))
+    record = records.read(path)
+    assert record.error == record.provenance.data["source"] == "a\\x1b[2Jb\\rc\\x00d\\ud800e\\x9bf\nä"
 
 
 def test_unknown_keys_are_ignored(tmp_path):
@@ -200,3 +245,48 @@ def test_find(tmp_path):
     assert list(records.find(tmp_path, experiment="final")) == paths
     assert [record.seed for record in records.find(tmp_path, experiment="final", status="finished").values()] == [0, 1]
     assert len(records.find(tmp_path)) == 4
+
+
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("record", [RECORD, DIVERGED], ids=lambda record: record.status)
+def test_a_usable_record_or_a_record_error(tmp_path, monkeypatch, record, count):
+    """Bytes changed blindly, or a few values replaced."""
+    monkeypatch.chdir(tmp_path)
+    path, text = tmp_path / "record.json", text_of(record)
+
+    def edited(data):
+        fields = json.loads(text)
+        for _ in range(data.draw(st.integers(1, 3))):
+            fields = changed(fields, data.draw)
+        return json.dumps(fields).encode()
+
+    def body(data):
+        path.write_bytes(edited(data) if data.draw(st.booleans()) else data.draw(mutants(text.encode())))
+        try:
+            found = records.read(path)
+        except RecordError as error:
+            assert len(str(error)) < 1000
+            return
+        use(found, tmp_path / "runs")
+
+    fuzz(count, st.data(), body)
+    assert not (tmp_path / SENTINEL).exists()
+
+
+def use(record, out):
+    """All that commands do with a record that they have read; only documented errors may come of it."""
+    line = view.seed_line("arm", record)
+    assert "\x1b" not in line
+    with contextlib.suppress(ValueError):
+        comparison.check_comparable([comparison.Arm("a", (record,)), comparison.Arm("b", (RECORD,))])
+    with contextlib.suppress(ValueError):
+        check_reproducible(record)
+        rebuild(final, record)
+    answer = compare_rerun(record, RECORD)
+    console = Console(file=io.TextIOWrapper(io.BytesIO(), encoding="utf-8"), markup=False)
+    console.print(line)
+    show_rerun("arm", answer, console)
+    json.loads(dumps(answer))
+    with contextlib.suppress(RecordError):  # a name that is too long for a file
+        again = records.read(records.write(record, out))
+        assert repr(again) == repr(records.read(records.write(again, out)))

@@ -1,4 +1,4 @@
-"""`run` with --mesh and --distributed, and sweeps, from the command line."""
+"""`run` with --mesh and --distributed."""
 
 import os
 import socket
@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from fastcifar_jax.cli.options import variants
 from fastcifar_jax.runs import records, together
 
 ROOT = Path(__file__).parents[2]
@@ -24,7 +23,7 @@ def without_times(record):
 
 
 @pytest.fixture
-def alone(workplace, call):
+def alone(workplace, call, compiled_once):
     """Seeds 0, 1 and 2, one after another."""
     assert call(*RUN, "--seeds", "3", "--out", "alone")[0] == 0
     return written("alone")
@@ -45,6 +44,7 @@ def test_one_seed_after_another_over_a_mesh_is_bitwise_the_same(alone, call):
         (("--mesh", "2x2x2"), "'2x2x2' is not a mesh"),
         (("--mesh", "64"), "a mesh of seed 64 x batch 1 does not fit"),
         (("--mesh", "0"), "a mesh of seed 0 x batch 1 does not fit"),
+        (("--mesh", "1", "--save"), "--save cannot be combined with --mesh"),
     ],
 )
 def test_refused(workplace, call, arguments, message):
@@ -109,29 +109,3 @@ def test_distributed_without_others(workplace):
         command, env={**environment, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 2 and "set JAX_COORDINATOR_ADDRESS=host:port" in done.stderr and not Path("runs").exists()
-
-
-def test_variants():
-    assert variants(()) == [()]
-    assert variants(("a=1,2", "b=3")) == [("a=1", "b=3"), ("a=2", "b=3")]
-
-
-def test_a_sweep_is_an_arm_for_each_value(workplace, call):
-    sweep = ("--sweep", "optim.peak_lr=0.1,0.2", "--sweep", "optim.momentum=0.5")
-    status, out, err = call(*RUN, *sweep, "--seeds", "2")
-    assert (status, err) == (0, "") and "4 of 4 seeds: 4 finished" in out
-    assert "trick optim.peak_lr=0.2 optim.momentum=0.5: n = 2" in out
-    found = list(records.find(Path("runs")).values())
-    assert {record.recipe["optim.peak_lr"] for record in found} == {0.1, 0.2}
-    assert sorted(record.result["compile_seconds"] > 0 for record in found) == [False, False, False, True]
-    status, out, err = call("compare", "trick.py", *sweep)
-    assert (status, err) == (
-        0,
-        "",
-    ) and "trick optim.peak_lr=0.2 optim.momentum=0.5 against trick optim.peak_lr=0.1" in out
-
-
-@pytest.mark.parametrize("sweep", ["optim.peak_lr", "optim.peak_lr=0.1,,0.2", "optim.peak_lr=0.1,x"])
-def test_a_sweep_of_nothing(workplace, call, loaded, trained, sweep):
-    status, _, err = call(*RUN, "--sweep", sweep)
-    assert status == 2 and "optim.peak_lr" in err and trained[1] == []

@@ -1,51 +1,78 @@
-"""The fast PyTorch twin: against the exact one where numbers can be equal, against the package where laws can be."""
+"""Runs in PyTorch; `tests/reference` compares its steps with the package's."""
 
-import copy
 import dataclasses
 from dataclasses import replace
 
-import chex
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from experiments.airbench import airbench94, airbench94_muon
-from experiments.bag_of_tricks import baseline, final, ghost_norm
-from fastcifar_jax.augment import AlternatingFlip, Crop, Cutout, Flip, normalize
-from fastcifar_jax.averaging import Ema, Progress
+from experiments.bag_of_tricks import baseline, final
+from fastcifar_jax.augment import AlternatingFlip, Crop, Flip
+from fastcifar_jax.averaging import Ema
 from fastcifar_jax.evaluate import NoTTA
-from fastcifar_jax.models import whitening
+from fastcifar_jax.muon import Muon
 from fastcifar_jax.train import Diverged
-from fastcifar_jax.types import Dataset, EpochInfo
-from tests.reference import problem
-from tests.reference.test_twin import reduced
-from tests.test_train import make_dataset, small
+from fastcifar_jax.types import Dataset, EpochInfo, StepInfo
 
 torch = pytest.importorskip("torch", reason='needs PyTorch: pip install -e ".[compare]"')
 
-from fastcifar_jax.torch_baseline.network import Network, learning_rate, make_network, make_step, whitening_filters
+from fastcifar_jax.torch_baseline import bench
+from fastcifar_jax.torch_baseline import train as torch_train
+from fastcifar_jax.torch_baseline.augment import normalize
+from fastcifar_jax.torch_baseline.evaluate import predict_views, summed_loss
+from fastcifar_jax.torch_baseline.models import make_network, whitening_filters
+from fastcifar_jax.torch_baseline.train import make_train, train_epochs
+from fastcifar_jax.torch_baseline.train_step import Trainer
 
-from fastcifar_jax.torch_baseline import train as torch_twin
-from fastcifar_jax.torch_baseline.train import make_train, make_train_step
-from tests.helpers_torch import CPU
-from tests.reference import torch_resnet9 as exact
-
-ALL = (Crop(4), Flip(), Cutout(8))
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread(torch_on_one_thread):
-    """In `make_train` too."""
+    """In runs too."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch_twin, "_cores", lambda: 1)
+        for module in (torch_train, bench):
+            patch.setattr(module, "available_cores", lambda: 1)
         yield
 
 
+def small(recipe, num_epochs=3, compute_dtype="float32", **changes):
+    """Four channels in the first layer, batches of 32 in 4 ghost groups, images of 16x16."""
+    groups = min(recipe.model.norm.num_groups, 4)
+    model = replace(recipe.model, norm=replace(recipe.model.norm, num_groups=groups)).with_width(4)
+    changes = {"batch_size": 32, "augmentations": (Crop(2), Flip()), **changes}
+    return replace(recipe, num_epochs=num_epochs, model=model, compute_dtype=compute_dtype, **changes)
+
+
+def make_dataset(num_train=112, num_test=20):
+    """Four classes told apart by the brightness of a quadrant; read-only, like arrays from JAX."""
+    rng, arrays = np.random.default_rng(0), []
+    for n in (num_train, num_test):
+        labels = np.arange(n) % 4
+        quadrant = np.eye(4, dtype=int)[labels].reshape(n, 2, 2).repeat(8, 1).repeat(8, 2)
+        images = rng.integers(0, 120, (n, 16, 16, 3)) + 120 * quadrant[..., None]
+        arrays += [images.astype(np.uint8), labels.astype(np.int32)]
+    for array in arrays:
+        array.flags.writeable = False
+    return Dataset(*arrays)
+
+
+DATASET = make_dataset()
+
+
+def numbers(result):
+    """Everything but the times."""
+    return [row._replace(train_seconds=0.0) for row in result.epochs]
+
+
 @pytest.fixture(scope="module")
-def dataset():
-    """Four classes, 112 training and 20 test images of 16x16, not to be written to, as JAX hands arrays out."""
-    return Dataset(*(np.asarray(array) for array in make_dataset()))
+def final_run():
+    """`final` at the tests' size and its run with seed 0."""
+    recipe = small(final)
+    train = make_train(recipe, 4)
+    return recipe, train, train(0, DATASET)
 
 
 def test_initial_weights_are_pytorchs_and_leave_its_generators_alone():
@@ -60,82 +87,48 @@ def test_initial_weights_are_pytorchs_and_leave_its_generators_alone():
             assert weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.1), name
         else:
             assert (weight == (1 if name.endswith("weight") else 0)).all(), name
-    trained = {name for name, p in network.named_parameters() if p.requires_grad}
-    assert len(trained) == 17 and sum(p.numel() for p in network.parameters() if p.requires_grad) == 6_570_880
+    trained = [p for p in network.parameters() if p.requires_grad]
+    assert len(trained) == 17 and sum(p.numel() for p in trained) == 6_570_880
     again, other = make_network(final.model, 10, 3, CPU), make_network(final.model, 10, 4, CPU)
     assert torch.equal(again.linear.weight, network.linear.weight)
     assert not torch.equal(other.linear.weight, network.linear.weight)
 
 
-# Whitening, schedule, average.
+def test_an_airnet_starts_as_the_package_says():
+    network = make_network(airbench94_muon.model, 10, 0, CPU)
+    second = network.group2_1.conv.weight.detach()  # 64 -> 256
+    np.testing.assert_array_equal(second[:64, :, 1, 1], np.eye(64))
+    assert second[:64].abs().sum() == 64 and 0 < second[64:].abs().max() <= (9 * 64) ** -0.5
+    assert float(network.linear.weight.detach().std()) == pytest.approx(1)
+    assert 0.1 < network.whiten.bias.detach().abs().max() <= 12**-0.5
+    assert not make_network(airbench94.model, 10, 0, CPU).whiten.bias.any()
 
 
-def test_whitening_filters_are_the_packages_up_to_sign():
-    with jax.enable_x64(True):
-        images = normalize(jnp.asarray(problem.whitening_images()), final.mean, final.std, jnp.float64)
-        theirs = np.asarray(whitening.whitening_filters(images, eps=0.02)).transpose(3, 2, 0, 1)
-    ours = whitening_filters(torch.tensor(np.asarray(images)).permute(0, 3, 1, 2), 0.02).numpy()
-    signs = np.sign((ours * theirs).sum((1, 2, 3), keepdims=True))
-    np.testing.assert_allclose(ours, signs * theirs, rtol=1e-7, atol=1e-9)
-
-
-def test_filters_come_from_the_first_images_and_stay(dataset):
-    recipe = small(final, init_images=40)
-    found = make_train(recipe, 4)(0, dataset).state["whiten.weight"]
-    images = torch.tensor(np.asarray(normalize(jnp.asarray(dataset.train_images[:40]), recipe.mean, recipe.std)))
-    expected = whitening_filters(images.permute(0, 3, 1, 2), recipe.model.whiten_eps)
+@pytest.mark.parametrize(("recipe", "size"), [(final, 3), (airbench94, 2)], ids=lambda x: getattr(x, "name", x))
+def test_filters_come_from_the_first_images_and_stay(recipe, size):
+    recipe = small(recipe, init_images=40)
+    found = make_train(recipe, 4)(0, DATASET).state["whiten.weight"]
+    images = normalize(recipe, torch.tensor(DATASET.train_images[:40]), torch.float32)
+    expected = whitening_filters(images, recipe.model.whiten_eps, size)
+    expected = torch.cat([expected, -expected]) if size == 2 else expected
     np.testing.assert_allclose(found.abs(), expected.abs(), rtol=1e-2, atol=1e-3)
 
 
-@pytest.mark.parametrize("recipe", [baseline, ghost_norm, final], ids=lambda recipe: recipe.name)
-def test_schedule_is_the_packages(recipe):
-    schedule = recipe.optim.schedule(recipe.num_epochs)
-    times = np.linspace(0, recipe.num_epochs + 1, 50)
-    expected = [recipe.optim.peak_lr * float(schedule(time)) for time in times]
-    np.testing.assert_allclose([learning_rate(recipe, time) for time in times], expected, rtol=1e-5, atol=1e-6)
+def test_the_whitening_bias_of_an_airnet_is_frozen():
+    trainer = Trainer(small(airbench94, optim=replace(airbench94.optim, whiten_bias_epochs=1)), 4, 2)
+    images, labels = torch.randn(32, 3, 16, 16), torch.arange(32) % 4
+    trainer.network.train()
+    biases = [trainer.step(images, labels) and trainer.network.whiten.bias.detach().clone() for _ in range(4)]
+    assert [torch.equal(a, b) for a, b in zip(biases, biases[1:], strict=False)] == [False, True, True]
+    assert trainer.network.whiten.bias.grad is None
 
 
-def test_average_is_the_packages():
-    """Ten steps, seven to an epoch: updates after steps 1, 6 and 8."""
-    recipe = reduced(final, problem.EPOCHS, "float32")
-    network = make_network(recipe.model, 10, 0, CPU)
-    average = copy.deepcopy(network)
-    step = make_step(recipe, network, average, 7, bfloat16=False)
-    as_tree = lambda network: {str(i): jnp.array(x.detach()) for i, x in enumerate(network.averaged_tensors())}
-    expected, update, moved = recipe.average.init(as_tree(network)), jax.jit(recipe.average.update), []
-    for i in range(10):
-        pixels, labels = problem.images_and_labels(64, 16, seed=i)
-        before = as_tree(average)
-        step(exact.normalized(pixels, torch.float32), torch.as_tensor(labels))
-        expected, _ = update(expected, as_tree(network), Progress(jnp.int32(i + 1), jnp.int32(i % 7), 10))
-        moved.append(not all(np.array_equal(a, b) for a, b in zip(before.values(), as_tree(average).values())))
-        chex.assert_trees_all_close(as_tree(average), expected, rtol=1e-5, atol=1e-6)
-    assert [i + 1 for i in range(10) if moved[i]] == [1, 6, 8]
-    assert len(expected) == 9 + 8 + 16  # weights, biases, running statistics
-
-
-# The whole run.
-
-
-@pytest.fixture(scope="module")
-def final_run(dataset):
-    """`final` at the tests' size and its run with seed 0."""
-    recipe = small(final)
-    train = make_train(recipe, 4)
-    return recipe, train, train(0, dataset)
-
-
-def numbers(result):
-    """Everything but the times."""
-    return [row._replace(train_seconds=0.0) for row in result.epochs]
-
-
-def test_same_seed_same_numbers_bit_for_bit(final_run, dataset):
+def test_same_seed_same_numbers_bit_for_bit(final_run):
     recipe, train, first = final_run
     before, threads = torch.get_rng_state(), torch.get_num_threads()
-    again, other = train(0, dataset), train(1, dataset)
+    again, other = train(0, DATASET), train(1, DATASET)
     assert torch.equal(torch.get_rng_state(), before) and torch.get_num_threads() == threads
-    assert numbers(again) == numbers(first) == numbers(make_train(recipe, 4)(0, dataset))
+    assert numbers(again) == numbers(first) == numbers(make_train(recipe, 4)(0, DATASET))
     assert all(torch.equal(again.state[name], first.state[name]) for name in first.state)
     assert numbers(other) != numbers(first)
     assert first.compile_seconds > again.compile_seconds == 0
@@ -154,21 +147,54 @@ def test_result_has_the_packages_form(final_run):
     assert result.train_seconds > result.setup_seconds
 
 
-def test_callbacks(final_run, dataset):
-    _, train, first = final_run
-    rows, steps, compiled = [], [], []
-    train(0, dataset, rows.append, lambda *seen: steps.append(seen), compiled.append)
-    assert [row._replace(train_seconds=0.0) for row in rows] == numbers(first)
-    assert compiled == [0.0]
-    assert [seen[:2] for seen in steps] == [(epoch, step) for epoch in (1, 2, 3) for step in (1, 2, 3)]
-    for row, (_, _, totals) in zip(first.epochs, steps[2::3], strict=True):
-        assert (float(totals.loss) / 96, int(totals.correct) / 96) == (row.train_loss, row.train_accuracy)
+def test_a_run_is_an_iterator_that_reports_steps(final_run, monkeypatch):
+    recipe, _, first = final_run
+    monkeypatch.setattr(torch_train, "REPORT_SECONDS", 0.0)
+    threads, steps = torch.get_num_threads(), []
+    snapshots = list(train_epochs(recipe, 4, 0, DATASET, on_steps=lambda *seen: steps.append(seen)))
+    assert [len(snapshot.epochs) for snapshot in snapshots] == [1, 2, 3]
+    assert numbers(snapshots[-1]) == numbers(first)
+    assert steps == [(epoch, step) for epoch in (1, 2, 3) for step in (1, 2, 3)]
+    run = train_epochs(recipe, 4, 0, DATASET)
+    next(run)
+    run.close()  # a caller that stops early
+    assert torch.get_num_threads() == threads
 
 
-def test_the_average_is_evaluated_and_changes_no_training(final_run, dataset):
+def test_the_last_epoch_may_be_a_part_of_one():
+    result = make_train(small(baseline, num_epochs=1.5), 4)(0, DATASET)  # 5 of 6 steps
+    assert len(result.epochs) == 2 and result.epochs[1].train_accuracy * 64 % 1 == 0
+    assert result.images_per_second == pytest.approx(5 * 32 / sum(row.train_seconds for row in result.epochs))
+
+
+def test_an_epochs_batches_hold_every_image_once_with_its_label(monkeypatch):
+    seen = []
+
+    def step(self, images, labels):
+        seen.append((images, labels))
+        return StepInfo(torch.tensor(1.0), torch.tensor(3))
+
+    monkeypatch.setattr(Trainer, "step", step)
+    grey = np.arange(100, dtype=np.uint8)
+    images = np.broadcast_to(grey[:, None, None, None], (100, 16, 16, 3))
+    recipe = small(baseline, num_epochs=2, mean=(0.0,) * 3, std=(1.0,) * 3)
+    runs = [list(train_epochs(recipe, 100, seed, Dataset(images, grey, images[:8], grey[:8]))) for seed in (0, 1)]
+    epochs = [seen[i : i + 3] for i in range(0, 12, 3)]
+    orders = [torch.cat([labels for _, labels in epoch]) for epoch in epochs]
+    for epoch, order in zip(epochs, orders, strict=True):
+        assert len(order) == len(order.unique()) == 96
+        for x, labels in epoch:
+            assert torch.equal(x, labels[:, None, None, None].float().expand_as(x))
+    assert len({tuple(order.tolist()) for order in orders}) == 4  # another order in each epoch and for each seed
+    weights = [run[-1].state["linear.weight"] for run in runs]
+    assert not torch.equal(*weights)  # nothing was trained
+    assert [(row.train_loss, row.train_accuracy) for row in runs[0][-1].epochs] == [(3 / 96, 9 / 96)] * 2
+
+
+def test_the_average_is_evaluated_and_changes_no_training(final_run):
     recipe, _, averaged = final_run
-    live = make_train(replace(recipe, average=None), 4)(0, dataset)
-    last = make_train(replace(recipe, average=Ema(decay=0.0, every=1)), 4)(0, dataset)
+    live = make_train(replace(recipe, average=None), 4)(0, DATASET)
+    last = make_train(replace(recipe, average=Ema(decay=0.0, every=1)), 4)(0, DATASET)
     trained = lambda result: [row[:4] for row in numbers(result)]
     assert trained(averaged) == trained(live) == trained(last)
     assert numbers(last) == numbers(live) != numbers(averaged)
@@ -178,73 +204,83 @@ def test_the_average_is_evaluated_and_changes_no_training(final_run, dataset):
             assert not torch.equal(averaged.state[name], x), name
 
 
-def test_tta_is_the_mean_of_both_views(dataset):
+def test_evaluation_is_that_of_the_final_state():
     recipe = small(baseline, num_epochs=8, augmentations=())  # a mirrored quadrant is another class
-    result = make_train(recipe, 4)(0, dataset)
-    network = Network(recipe.model, 4)
+    result = make_train(recipe, 4)(0, DATASET)
+    network = make_network(recipe.model, 4, 0, CPU)
     network.load_state_dict(result.state)
-    x = torch.tensor(np.asarray(normalize(jnp.asarray(dataset.test_images), recipe.mean, recipe.std)))
-    x, labels = x.permute(0, 3, 1, 2), torch.as_tensor(np.array(dataset.test_labels)).long()
+    x, labels = normalize(recipe, torch.tensor(DATASET.test_images), torch.float32), torch.tensor(DATASET.test_labels)
     with torch.no_grad():
-        network.eval()
+        views = predict_views(recipe, network.eval(), x)
         plain, mirrored = network(x), network(x.flip(3))
     row = result.epochs[-1]
     assert row.test_accuracy > 0.7 > row.tta_accuracy
-    for logits, loss, accuracy in (
-        (plain, row.test_loss, row.test_accuracy),
-        ((plain + mirrored) / 2, row.tta_loss, row.tta_accuracy),
+    torch.testing.assert_close(views, (plain, (plain + mirrored) / 2))
+    for logits, loss, accuracy in zip(
+        views, (row.test_loss, row.tta_loss), (row.test_accuracy, row.tta_accuracy), strict=True
     ):
-        expected = exact.per_example_loss(logits, labels, 0.0).mean()
-        assert loss == pytest.approx(float(expected), rel=1e-3, abs=1e-6)
+        assert loss == pytest.approx(summed_loss(recipe, logits, labels.long()).item() / 20, rel=1e-3, abs=1e-6)
         assert accuracy == pytest.approx((logits.argmax(1) == labels).sum().item() / 20)
 
 
-def test_without_tta_both_columns_are_the_same(dataset):
-    row = make_train(small(final, tta=NoTTA()), 4)(0, dataset).epochs[-1]
+def test_evaluation_in_chunks_is_the_same(final_run, monkeypatch):
+    recipe, train, first = final_run
+    monkeypatch.setattr("fastcifar_jax.torch_baseline.evaluate.CHUNK", 7)  # of 20 images
+    row = train(0, DATASET).epochs[-1]
+    assert row[5::2] == first.epochs[-1][5::2]
+    np.testing.assert_allclose(row[4::2], first.epochs[-1][4::2], rtol=1e-5)
+
+
+def test_without_tta_both_columns_are_the_same():
+    row = make_train(small(final, tta=NoTTA()), 4)(0, DATASET).epochs[-1]
     assert (row.test_loss, row.test_accuracy) == (row.tta_loss, row.tta_accuracy)
 
 
 @pytest.mark.parametrize("recipe", [airbench94, airbench94_muon], ids=lambda recipe: recipe.name)
-def test_the_loss_of_an_airnet_falls(recipe, dataset):
+def test_the_loss_of_an_airnet_falls(recipe):
     """Its maximum over the whole map does not see which quadrant is bright, so the test accuracy says little."""
     recipe = small(recipe, num_epochs=15.5, augmentations=(Crop(2), AlternatingFlip()))
-    result = make_train(recipe, 4)(0, dataset)
+    result = make_train(recipe, 4)(0, DATASET)
     assert len(result.epochs) == 16 and result.epochs[-1].train_loss < result.epochs[0].train_loss - 0.03
 
 
 @pytest.mark.parametrize("compute_dtype", ["float32", "mixed"])
 def test_it_learns(compute_dtype):
     """100 steps of the baseline tell the quadrants apart, as in the package; chance is 0.25."""
-    learnable = Dataset(*(np.asarray(array) for array in make_dataset(160, 40)))
     recipe = small(baseline, num_epochs=20, augmentations=(), compute_dtype=compute_dtype)
-    result = make_train(recipe, 4)(0, learnable)
+    result = make_train(recipe, 4)(0, make_dataset(160, 40))
     assert result.epochs[-1].test_accuracy > 0.9
     assert result.epochs[-1].train_loss < result.epochs[0].train_loss
 
 
-def test_bfloat16_is_the_same_run_but_for_rounding(final_run, dataset):
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-4), ("mixed", 0.02)])
+def test_other_dtypes_are_the_same_run_but_for_rounding(final_run, dtype, tolerance):
     _, _, float32 = final_run
-    mixed = make_train(small(final, compute_dtype="mixed"), 4)(0, dataset)
-    assert numbers(mixed) == numbers(make_train(small(final, compute_dtype="bfloat16"), 4)(0, dataset))
-    assert numbers(mixed) != numbers(float32)
-    assert mixed.epochs[0].train_loss == pytest.approx(float32.epochs[0].train_loss, rel=0.02)
-    assert all(x.dtype == torch.float32 for x in mixed.state.values())
+    found = make_train(small(final, compute_dtype=dtype), 4)(0, DATASET)
+    assert numbers(found) != numbers(float32)
+    assert found.epochs[0].train_loss == pytest.approx(float32.epochs[0].train_loss, rel=tolerance)
+    expected = torch.float64 if dtype == "float64" else torch.float32
+    assert all(x.dtype == expected for x in found.state.values())
+    if dtype == "mixed":
+        assert numbers(found) == numbers(make_train(small(final, compute_dtype="bfloat16"), 4)(0, DATASET))
 
 
-def test_diverged(dataset):
+def test_diverged():
     recipe, seen = small(final), []
-    train = make_train(replace(recipe, optim=replace(recipe.optim, peak_lr=1e30)), 4)
+    run = train_epochs(replace(recipe, optim=replace(recipe.optim, peak_lr=1e30)), 4, 0, DATASET)
     with pytest.raises(Diverged, match="final diverged in epoch 1.*lower optim.peak_lr") as error:
-        train(0, dataset, seen.append)
+        seen.extend(run)
     assert not seen and not np.isfinite(error.value.epochs[-1].train_loss)
 
 
-def test_bench_step_takes_padded_images(dataset):
-    padded = np.pad(dataset.train_images, ((0, 0), (2, 2), (2, 2), (0, 0)), mode="reflect")
-    images, labels = torch.from_numpy(padded), torch.from_numpy(dataset.train_labels.copy()).long()
-    step = make_train_step(small(final), 4, 3, bfloat16=True, compiled=False)
-    first, *_, last = [step(images, labels, torch.arange(32)) for _ in range(9)]
-    assert np.isfinite(float(first.loss)) and last.loss < first.loss
+def test_bench_steps_train(monkeypatch):
+    seen, step = [], Trainer.step
+    monkeypatch.setattr(Trainer, "step", lambda self, *batch: seen.append(step(self, *batch)))
+    take = bench.prepare(small(final, compute_dtype="bfloat16"), 4, DATASET, compiled=False, tuned=False)
+    for _ in range(3):
+        take(4)  # of 3 steps in an epoch
+    assert len(seen) == 12 and np.isfinite(float(seen[0].loss)) and seen[-1].loss < seen[0].loss
+    assert torch_train.versions() == {"torch": torch.__version__}
 
 
 # What it refuses.
@@ -276,33 +312,27 @@ class Focal:
     [
         (
             {"augmentations": (Crop(4), Invert())},
-            r"augmentations Invert\(\); the PyTorch twin knows Crop, Flip, AlternatingFlip, Cutout",
+            r"augmentations Invert\(\); the PyTorch baseline has Crop, Flip, AlternatingFlip, Cutout",
         ),
         (
             {"loss": Focal()},
-            r"loss Focal\(label_smoothing=0.0\); the PyTorch twin knows CrossEntropy: train it with JAX",
+            r"loss Focal\(label_smoothing=0.0\); the PyTorch baseline has CrossEntropy: train it with JAX",
         ),
-        ({"model": replace(final.model, extra_layers=("layer2",))}, r"no model.extra_layers \('layer2',\)"),
-        (
-            {"model": replace(final.model, norm=replace(final.model.norm, eval_first_group=True))},
-            "no model.norm.eval_first_group True",
-        ),
-        ({"compute_dtype": "float16"}, "no compute_dtype 'float16'; use float32, mixed or bfloat16"),
-        ({"compute_dtype": "float64"}, "no compute_dtype 'float64'"),
+        ({"compute_dtype": "float16"}, "no compute_dtype 'float16'; use float32, float64, mixed, bfloat16"),
         ({"batch_size": 100}, "a batch of 100 images is not 16 equal ghost groups; change batch_size"),
+        (
+            {"optim": Muon(), "model": replace(final.model, norm=replace(final.model.norm, train_scale=True))},
+            "Muon cannot train the scales of norms; set model.norm.train_scale to False",
+        ),
     ],
 )
-def test_refuses_what_it_does_not_know(changes, message):
+def test_refuses_what_it_does_not_have(changes, message):
     with pytest.raises(ValueError, match=message):
         make_train(replace(final, **changes), 10)
 
 
-def test_refuses_data_that_do_not_fit(dataset):
+def test_refuses_data_that_do_not_fit():
     with pytest.raises(ValueError, match="batch_size 512 is larger than the 112 training images; set it lower"):
-        make_train(replace(final, compute_dtype="float32"), 4)(0, dataset)
+        make_train(replace(final, compute_dtype="float32"), 4)(0, DATASET)
     with pytest.raises(ValueError, match="Crop pads by 16 pixels"):
-        make_train(small(final, augmentations=(Crop(16),)), 4)(0, dataset)
-
-
-def test_versions():
-    assert torch_twin.versions() == {"torch": torch.__version__}
+        make_train(small(final, augmentations=(Crop(16),)), 4)(0, DATASET)

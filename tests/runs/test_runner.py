@@ -1,24 +1,23 @@
-"""Faults around a run give one clear line, and damage or lose no record of a finished seed.
-
-Elsewhere: killed processes in `test_killed.py`; interrupted and crashed commands in `test_checkpoint.py` and
-`tests/cli/test_app.py`; failed writes and foreign records in `test_records.py`; damaged checkpoints in
-`test_checkpoint.py`; damaged data in `tests/data`; one of several processes that dies in `tests/parallel`.
-"""
+"""Faults around a run give one clear line and damage no record of a finished seed; killed runs continue."""
 
 import contextlib
 import os
+import random
 import shutil
+import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from fastcifar_jax.ops import backend
 from fastcifar_jax.runs import records
 from tests.helpers_runs import ARGUMENTS, leftovers, raises, records_of
 
 resource = pytest.importorskip("resource", reason="needs the limits of POSIX")
+ROOT = Path(__file__).parents[2]
+LONG = (*ARGUMENTS, "--epochs", "100", "--seeds", "2")  # longer than a child runs ahead
 
 
 @contextlib.contextmanager
@@ -51,36 +50,21 @@ def small_disk(six_epochs):
     subprocess.run(["umount", folder], check=True)
 
 
-@contextlib.contextmanager
-def full(folder):
-    with (folder / "filler").open("wb", buffering=0) as file, contextlib.suppress(OSError):
-        while True:
-            file.write(bytes(4096))
-    yield
-    (folder / "filler").unlink()
-
-
-def check_full(call, full, text):
+def test_full_disk(six_epochs, call):
     """A seed that finished before stays on record; the other one is trained to its end, reported, and not on record."""
     assert call(*ARGUMENTS)[0] == 0
     [finished] = Path("runs").rglob("*.json")
     before = finished.read_bytes()
-    with full:
+    with files_of_no_length():
         status, out, err = call(*ARGUMENTS, "--seeds", "2")
-        assert (status, err.count("\n")) == (1, 1) and f"seed1.json: {text}; make room or choose another --out" in err
-        assert out.count("warning: no checkpoint of epoch") == 6 and f".checkpoint: {text}; training continues" in out
+        assert (status, err.count("\n")) == (1, 1)
+        assert "seed1.json: File too large; make room or choose another --out" in err
+        assert out.count("warning: no checkpoint of epoch") == 6
+        assert ".checkpoint: File too large; training continues" in out
         assert "1 of 2 seeds: 1 finished" in out and leftovers() == []
         assert list(records_of()) == [finished.name]
     assert call(*ARGUMENTS, "--seeds", "2")[0] == 0
     assert len(records_of()) == 2 and finished.read_bytes() == before
-
-
-def test_full_disk(small_disk, call):
-    check_full(call, full(small_disk), "No space left on device")
-
-
-def test_files_that_may_not_grow(six_epochs, call):
-    check_full(call, files_of_no_length(), "File too large")
 
 
 def test_read_only_folder(small_disk, call, at_epoch):
@@ -134,10 +118,7 @@ def append(path):
 
 @pytest.mark.parametrize(
     ("damage", "message"),
-    [
-        (append, "is damaged: "),
-        (lambda path: append(Path("trick.py")), "is from a different run: source_hash was "),
-    ],
+    [(append, "is damaged: "), (lambda path: append(Path("trick.py")), "is from a different run: source_hash was ")],
 )
 def test_checkpoint_of_no_use(six_epochs, call, at_epoch, damage, message):
     """The command says so, and the run starts from the beginning."""
@@ -194,14 +175,81 @@ def test_what_a_killed_writer_left_is_taken_away(six_epochs, call):
     assert len(records.find(Path("runs"))) == 1
 
 
-def test_check_of_onednn_that_cannot_be_remembered(tmp_path, monkeypatch):
-    check = backend.check_onednn.__wrapped__  # without the memory of this process
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(backend, "_run_check", lambda: (True, "agreed"))
-    with files_of_no_length():
-        assert check() == (True, "agreed")
-    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
-    assert check() == (True, "agreed")
-    monkeypatch.setattr(backend, "_run_check", lambda: (False, "asked again"))
-    assert check() == (True, "agreed")
-    assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 1
+@contextlib.contextmanager
+def child(*arguments, **options):
+    """A command in another process; with `stdout` and `pipesize` it cannot run far ahead of the reader of its lines."""
+    line = [sys.executable, "-m", "fastcifar_jax", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    options = {"stdout": subprocess.PIPE, "text": True, "pipesize": 4096, **options}
+    with subprocess.Popen(line, env=environment, **options) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def read_until(process, text):
+    for line in process.stdout:
+        if text in line:
+            return
+    pytest.fail(f"the process ended without {text!r}")
+
+
+def assert_as_undisturbed(call):
+    assert call(*LONG, "--out", "whole")[0] == 0
+    assert records_of() == records_of("whole") and len(records_of()) == 2 and leftovers() == []
+
+
+@pytest.mark.parametrize(
+    "name", ["SIGKILL", *(pytest.param(name, marks=pytest.mark.slow) for name in ("SIGINT", "SIGTERM"))]
+)
+def test_killed_by_a_signal(six_epochs, call, name):
+    """In the middle of seed 1."""
+    with child(*LONG) as process:
+        for text in ("trick, seed 1: ", "    1 ", "    9 "):
+            read_until(process, text)
+        process.send_signal(getattr(signal, name))
+        rest, _ = process.communicate()
+    assert process.returncode == (130 if name == "SIGINT" else -getattr(signal, name))
+    assert name != "SIGINT" or "interrupted: 1 of 2 seeds: 1 finished" in rest
+    [finished] = Path("runs").rglob("*.json")
+    before = finished.read_bytes()
+    status, out, _ = call(*LONG)
+    assert status == 0 and out.count("continuing after epoch") == 1 and "1 skipped" in out
+    assert_as_undisturbed(call)
+    assert finished.read_bytes() == before
+
+
+def test_same_command_in_the_middle_of_another(six_epochs, call, at_epoch):
+    """As another process would run it: it continues from the checkpoint of the first, and both write one record."""
+    inner = []
+    at_epoch(3, lambda: inner.append(call(*ARGUMENTS)))
+    status, _, err = call(*ARGUMENTS)
+    assert (status, err) == (0, "")
+    assert inner[0][0] == 0 and "continuing after epoch 3" in inner[0][1]
+    assert call(*ARGUMENTS, "--out", "whole")[0] == 0
+    assert records_of() == records_of("whole") and len(records_of()) == 1 and leftovers() == []
+
+
+@pytest.mark.slow
+def test_two_processes_on_one_folder(six_epochs, call):
+    """They run the same seeds at once and continue from each other's files."""
+    with child(*LONG) as process:
+        read_until(process, "    5 ")
+        status, out, err = call(*LONG)
+        assert (status, err) == (0, "") and "2 finished" in out
+        process.communicate()
+    assert process.returncode == 0
+    assert_as_undisturbed(call)
+
+
+@pytest.mark.slow
+def test_killed_at_any_time(six_epochs, call):
+    rng, finished = random.Random(0), []
+    for _ in range(5):
+        with child(*LONG, stdout=subprocess.DEVNULL, pipesize=-1):
+            time.sleep(rng.uniform(1, 9))
+        finished.append(len(list(Path("runs").rglob("*.json"))))
+    assert finished == sorted(finished)  # no kill costs a finished seed
+    assert call(*LONG)[0] == 0
+    assert_as_undisturbed(call)
