@@ -1,15 +1,15 @@
-"""What does it cost a norm to reshape the maps into ghost groups?
+"""How much time does reshaping the maps into ghost groups cost a norm?
 
     python benchmarks/norms.py --shape 1024,31,31,64 --groups 1 --activation gelu
     python benchmarks/norms.py --shape 512,32,32,128 --groups 16 --activation celu
 
 Max-pool, norm and activation with all gradients, on random maps: by `normalize_groups`, and by the definition over
-[batch / groups, groups, height, width, channels], differentiated by JAX. In turns within one process, the median of at
-least 5 each and the ratio.
+[batch / groups, groups, height, width, channels], differentiated by JAX. Both take turns within one process, at least 5
+each; printed are medians with the least and the largest, and the ratio.
 
-Answer (2 cores of an AMD EPYC, AVX-512, jax 0.10.2, two runs of each line above): as much again. 57 and 60 ms against
-124 and 130, ratio 2.19 (2.09 to 2.78) and 2.14 (1.97 to 2.52); with 16 groups and CELU 71 and 72 ms against 147 and
-144, ratio 1.99 (1.50 to 2.62) and 2.01 (1.94 to 2.46).
+Answer (2 cores of an AMD EPYC, AVX-512, jax 0.10.2, two runs of each line above): about as much time again. 57 and 60 ms
+against 124 and 130 ms, ratios 2.19 (2.09 to 2.78) and 2.14 (1.97 to 2.52); with 16 groups and CELU 71 and 72 ms against
+147 and 144 ms, ratios 1.99 (1.50 to 2.62) and 2.01 (1.94 to 2.46).
 """
 
 import statistics
@@ -23,10 +23,7 @@ import jax.numpy as jnp
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from fastcifar_jax.models.activations import (
-    Celu,  # noqa: E402
-    Gelu,  # noqa: E402
-)
+from fastcifar_jax.models.activations import Celu, Gelu  # noqa: E402
 from fastcifar_jax.ops import backend  # noqa: E402
 from fastcifar_jax.ops.batch_norm import normalize_groups  # noqa: E402
 from fastcifar_jax.ops.max_pool import max_pool  # noqa: E402
@@ -52,7 +49,7 @@ def main(shape, groups, activation, rounds):
     scale, bias = jnp.ones(x.shape[-1]), jnp.zeros(x.shape[-1])
     activate = Celu() if activation == "celu" else Gelu()
     norms = {
-        "norm.py": lambda *args: normalize_groups(*args, groups, EPS)[0],
+        "batch_norm.py": lambda *args: normalize_groups(*args, groups, EPS)[0],
         "by definition": lambda *args: by_definition(*args, groups),
     }
 
@@ -75,8 +72,8 @@ def main(shape, groups, activation, rounds):
                 seconds[name].append(time.perf_counter() - start)
     for name, times in seconds.items():
         print(f"{name}: {1e3 * statistics.median(times):.1f} ms ({1e3 * min(times):.1f} to {1e3 * max(times):.1f})")
-    ratios = [a / b for a, b in zip(seconds["by definition"], seconds["norm.py"], strict=True)]
-    print(f"by definition / norm.py: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+    ratios = [a / b for a, b in zip(seconds["by definition"], seconds["batch_norm.py"], strict=True)]
+    print(f"by definition / batch_norm.py: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
 
 
 if __name__ == "__main__":

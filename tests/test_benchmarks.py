@@ -1,4 +1,4 @@
-"""The scripts of benchmarks/ run; what they measure is theirs to say."""
+"""The scripts of benchmarks/ run."""
 
 import os
 import subprocess
@@ -8,11 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SMALL = {
-    "drivers.py": "--limit-train 512 --width 1 --rounds 5",
-    "norms.py": "--shape 8,8,8,4 --groups 2 --activation celu --rounds 5",
-    "seeds.py": "--limit-train 512 --width 1 --rounds 5",
-}
+SMALL = {"norms.py": "--shape 8,8,8,4 --groups 2 --activation celu --rounds 5"}
 
 
 @pytest.mark.slow
@@ -21,4 +17,4 @@ def test_scripts_run(script, tmp_path):
     command = [sys.executable, ROOT / "benchmarks" / script, *SMALL[script].split()]
     done = subprocess.run(command, cwd=tmp_path, env=dict(os.environ), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    assert "images/s" in done.stdout or "ms" in done.stdout
+    assert " ms " in done.stdout
