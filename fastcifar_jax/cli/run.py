@@ -10,7 +10,7 @@ from fastcifar_jax.ops import backend
 from fastcifar_jax.parallel import hosts
 from fastcifar_jax.parallel.mesh import make_mesh
 from fastcifar_jax.runs import logging, saved_model
-from fastcifar_jax.runs.runner import Event, existing_record, make_folders, record_of, run_all
+from fastcifar_jax.runs.runner import Event, Programs, existing_record, make_folders, record_of, run_all
 from fastcifar_jax.runs.together import MeshError, run_together
 from fastcifar_jax.types import EpochInfo
 
@@ -62,20 +62,20 @@ def run(
     with usage_errors():
         for spec in specs if options.save else ():
             saved_model.check_saveable(spec.recipe, spec.data.info, spec.data.dataset)
+        devices = make_mesh(*(mesh or (None, 1))) if together else None
         if hosts.writes_records():
             make_folders(specs, settings)
             for spec, seed in itertools.product(specs, seeds):
                 existing_record(spec, settings, seed)  # a damaged record is found before anything is trained
-        devices = make_mesh(*(mesh or (None, 1))) if together else None
         write_log = logging.tensorboard(options.out / "tensorboard") if log else None
     return _train(specs, seeds, settings, devices, write_log, console)
 
 
 def _train(specs, seeds, settings, devices, write_log, console) -> int:
     """Trains everything and shows it; the exit status."""
-    shown, programs = view.RunView(console), {}
+    shown, interrupted = view.RunView(console), ""
+    programs: Programs = {}
     ended: list[Event] = []
-    interrupted = ""
     try:
         for spec in specs:
             if devices is None:
@@ -87,7 +87,7 @@ def _train(specs, seeds, settings, devices, write_log, console) -> int:
                     ended.append(event)
                 elif write_log and isinstance(event.news, EpochInfo):
                     write_log(f"{event.spec.arm}, seed {event.seed}", event.news)
-            for line in view.arm_lines(spec, [record_of(event) for event in ended if event.spec is spec]):
+            for line in view.arm_lines(spec, ended):
                 console.print(line)
     except MeshError as error:
         raise click.UsageError(str(error)) from error
@@ -96,4 +96,5 @@ def _train(specs, seeds, settings, devices, write_log, console) -> int:
     finally:
         counts = view.counts_line(ended, len(specs) * len(seeds))
         console.print(f"{interrupted}{counts}; records in {settings.out}")
-    return 130 if interrupted else int(any(record_of(event).status == "diverged" for event in ended))
+    diverged = any(record.status == "diverged" for event in ended if (record := record_of(event)))
+    return 130 if interrupted else int(diverged)
