@@ -55,7 +55,7 @@ def run(
             backend.keep_freed_memory()  # before JAX starts its threads
             hosts.initialize()
         console.quiet = not hosts.writes_records()
-    specs = list(make_specs(context, names, options, console).values())
+    specs = make_specs(context, names, options, console)
     if (together or options.save) and any(spec.twin for spec in specs):
         raise click.UsageError("torch: arms have no --save, --mesh and --distributed; run them without")
     settings = options.settings(context)
