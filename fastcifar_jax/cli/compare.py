@@ -29,7 +29,6 @@ from fastcifar_jax.cli.options import (
     variants,
     write_json,
 )
-from fastcifar_jax.recipe import change
 from fastcifar_jax.runs import experiments
 from fastcifar_jax.runs.records import Record
 from fastcifar_jax.runs.runner import make_folders, record_of, run_all
@@ -104,7 +103,7 @@ def match_epochs(context: CliContext, base: str, other: str, seeds: range, optio
     run = functools.partial(_run, settings=settings, programs={}, view=view.RunView(console))
     if len(specs) != 2:
         raise click.UsageError(f"{base} and {other} stand for {len(specs)} recipes; give two")
-    (base_name, base_spec), (name, spec) = specs.items()
+    base_spec, spec = specs
 
     def shorter() -> Iterator[Arm]:
         for most in range(math.ceil(spec.recipe.num_epochs), 0, -asked["step"]):
@@ -113,27 +112,26 @@ def match_epochs(context: CliContext, base: str, other: str, seeds: range, optio
             except ValueError as error:
                 console.print(f"no run of {most} epochs: {error}")
                 return
-            label = f"{name}, {recipe.num_epochs} epochs"
-            yield from run({label: spec._replace(arm=label, recipe=recipe, matches_published=False)}, seeds)
+            arm = f"{spec.arm}, {recipe.num_epochs} epochs"
+            yield from run([spec._replace(arm=arm, recipe=recipe, matches_published=False)], seeds)
 
     with usage_errors():
-        [base_arm] = run({base_name: base_spec}, seeds)
+        [base_arm] = run([base_spec], seeds)
         for answer in match(base_arm, shorter(), CompareOptions(metric=asked["metric"])):
             last = answer["differences"][-1]
-            console.print(f"{last['of']} against {base_name}: {_size(last, answer)}")
+            console.print(f"{last['of']} against {base_spec.arm}: {_size(last, answer)}")
     equal = equal_epochs(answer)
-    parts = (*render_comparison(answer), equal_text(answer, equal, name))
+    parts = (*render_comparison(answer), equal_text(answer, equal, spec.arm))
     _finish({**answer, "equal": equal and equal._asdict()}, parts, asked["json_path"], console)
 
 
 def _run(specs, seeds, settings, programs, view) -> list[Arm]:
     """The runs of some recipes, seed by seed in alternating order; those on record are not repeated."""
-    make_folders(specs.values(), settings)
-    found: dict[str, list[Record]] = {name: [] for name in specs}
-    names = {id(spec): name for name, spec in specs.items()}
-    for event in view.show(run_all(list(specs.values()), seeds, settings, programs, view.on_steps)):
+    make_folders(specs, settings)
+    found: dict[str, list[Record]] = {spec.arm: [] for spec in specs}
+    for event in view.show(run_all(specs, seeds, settings, programs, view.on_steps)):
         if record := record_of(event):
-            found[names[id(event.spec)]].append(record)
+            found[event.spec.arm].append(record)
     return [Arm(name, tuple(of_arm)) for name, of_arm in found.items()]
 
 
@@ -178,12 +176,10 @@ def _load_arms(context: CliContext, names: Sequence[str], options: RunOptions) -
             continue
         declared = experiments.resolve((name,), context.folder)
         for experiment, variant in itertools.product(declared, variants(options.sweeps)):
-            recipe, assignments = experiment.recipe, (*options.assignments, *variant)
-            if changes:
-                recipe = change(recipe, assignments, options.epochs, options.width, options.dtype)
-                prefix = recipe.hash
-            arm = comparison.arm_name(framework, recipe.name, variant)
-            arms[arm] = load(f"{framework}:{recipe.name}" + f"@{prefix}" * bool(prefix))._replace(name=arm)
+            name = experiment.recipe.name
+            prefix = options.changed(experiment.recipe, variant).hash if changes else prefix
+            arm = comparison.arm_name(framework, name, variant)
+            arms[arm] = load(f"{framework}:{name}" + f"@{prefix}" * bool(prefix))._replace(name=arm)
     if len(arms) < 2:
         raise ValueError(f"{', '.join(names)} is one arm; a comparison needs two")
     return list(arms.values())

@@ -133,11 +133,11 @@ def seeds_line(arm: str, records: Sequence[Record]) -> str:
     return f"{arm}: n = {len(records)}; mean {'; '.join(texts)} (sample standard deviation)"
 
 
-def arm_lines(spec: RunSpec, records: Sequence[Record]) -> Iterator[str]:
+def arm_lines(spec: RunSpec, ended: Sequence[Event]) -> Iterator[str]:
     """The summary of an arm's runs, and its published figures if the runs can be compared with them."""
-    finished = [record for record in records if record.status == "finished"]
-    if len(finished) > 1:
-        yield seeds_line(spec.arm, finished)
+    records = [record for event in ended if event.spec is spec and (record := record_of(event)) and record.result]
+    if len(records) > 1:
+        yield seeds_line(spec.arm, records)
     if spec.matches_published and spec.recipe.published.accuracy is not None:
         yield published_line(spec.recipe)
 
@@ -211,7 +211,7 @@ class RunView:
             self._compiled = False
             for task in self._progress.task_ids:
                 self._progress.remove_task(task)
-            line = seed_line(spec.arm, record_of(event))
+            line = seed_line(spec.arm, news.record if isinstance(news, Existing) else news)
             if isinstance(news, Existing):
                 differs = f", with different {', '.join(news.differs)}" if news.differs else ""
                 line += f" (on record{differs}; --rerun repeats it)"

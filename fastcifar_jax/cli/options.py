@@ -19,7 +19,7 @@ from fastcifar_jax.cli.console import data_line
 from fastcifar_jax.functions import check_trainable
 from fastcifar_jax.models.base import PRECISIONS
 from fastcifar_jax.ops import backend
-from fastcifar_jax.recipe import change, resolve_dtype
+from fastcifar_jax.recipe import Recipe, change, resolve_dtype
 from fastcifar_jax.runs import experiments, files, provenance, runner
 from fastcifar_jax.runs.runner import LoadedData, RunSettings, RunSpec
 
@@ -51,6 +51,10 @@ class RunOptions(NamedTuple):
     def settings(self, context: CliContext) -> RunSettings:
         """How runs are made and kept."""
         return RunSettings(self.out, context.arguments, self.rerun, self.checkpoint, self.save)
+
+    def changed(self, recipe: Recipe, variant: Sequence[str]) -> Recipe:
+        """The recipe with these options and the assignments of one arm of a sweep."""
+        return change(recipe, (*self.assignments, *variant), self.epochs, self.width, self.dtype)
 
 
 # Options that several commands have.
@@ -155,8 +159,8 @@ def usage_errors(name: str = "") -> Iterator[None]:
         raise click.UsageError(f"{name}: {error}".removeprefix(": ")) from error
 
 
-def make_specs(context: CliContext, names: Sequence[str], options: RunOptions, console: Console) -> dict[str, RunSpec]:
-    """The recipes that arms stand for, changed by the options and checked against their data, by the arms' names.
+def make_specs(context: CliContext, names: Sequence[str], options: RunOptions, console: Console) -> list[RunSpec]:
+    """The recipes that arms stand for, each once, changed by the options and checked against their data.
 
     Args:
       context: of the command.
@@ -180,16 +184,15 @@ def make_specs(context: CliContext, names: Sequence[str], options: RunOptions, c
             twin = twin_of(framework)
             for experiment, variant in itertools.product(declared, variants(options.sweeps)):
                 arm = arm_name(framework, experiment.recipe.name, variant)
-                assignments = (*options.assignments, *variant)
                 with usage_errors(arm):
-                    recipe = change(experiment.recipe, assignments, options.epochs, options.width, options.dtype)
+                    recipe = options.changed(experiment.recipe, variant)
                 data = load_once(options.data or os.environ.get("FASTCIFAR_DATA") or experiment.data or "cifar10")
                 with usage_errors(arm):
                     whole = data.info.source == "cifar10" and options.limit_train is None
                     matches_published = whole and recipe == resolve_dtype(experiment.recipe)
                     spec = checked(RunSpec(arm, recipe, experiment.path, matches_published, data, twin))
                 specs.setdefault(arm, spec)
-    return specs
+    return list(specs.values())
 
 
 def load_data(source: str, limit_train: int | None, console: Console) -> LoadedData:

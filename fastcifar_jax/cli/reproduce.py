@@ -18,7 +18,7 @@ from fastcifar_jax.runs import experiments, records
 from fastcifar_jax.runs.experiments import Experiment
 from fastcifar_jax.runs.records import Record
 from fastcifar_jax.runs.reproduce import DIFFERENT, TOLERANCE, compare_rerun, recipe_of
-from fastcifar_jax.runs.runner import RunSettings, RunSpec, run_all
+from fastcifar_jax.runs.runner import RunSettings, RunSpec, record_of, run_all
 
 
 @click.command("reproduce")
@@ -131,8 +131,9 @@ def _run_spec(record: Record, name: str | None, source: str | None, context: Cli
 def _run(spec: RunSpec, seed: int, context: CliContext, console: Console) -> Record:
     with tempfile.TemporaryDirectory() as folder:
         settings, shown = RunSettings(Path(folder), context.arguments), view.RunView(console)
-        *_, last = shown.show(run_all([spec], [seed], settings, {}, shown.on_steps))
-    return last.news
+        *_, last = map(record_of, shown.show(run_all([spec], [seed], settings, {}, shown.on_steps)))
+    assert last is not None  # the last event of a run brings its record
+    return last
 
 
 @contextlib.contextmanager

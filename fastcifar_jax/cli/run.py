@@ -10,7 +10,7 @@ from fastcifar_jax.ops import backend
 from fastcifar_jax.parallel import hosts
 from fastcifar_jax.parallel.mesh import make_mesh
 from fastcifar_jax.runs import logging, saved_model
-from fastcifar_jax.runs.runner import Event, existing_record, make_folders, record_of, run_all
+from fastcifar_jax.runs.runner import Event, Programs, existing_record, make_folders, record_of, run_all
 from fastcifar_jax.runs.together import MeshError, run_together
 from fastcifar_jax.types import EpochInfo
 
@@ -55,7 +55,7 @@ def run(
             backend.keep_freed_memory()  # before JAX starts its threads
             hosts.initialize()
         console.quiet = not hosts.writes_records()
-    specs = list(make_specs(context, names, options, console).values())
+    specs = make_specs(context, names, options, console)
     if (together or options.save) and any(spec.twin for spec in specs):
         raise click.UsageError("torch: arms have no --save, --mesh and --distributed; run them without")
     settings = options.settings(context)
@@ -73,9 +73,9 @@ def run(
 
 def _train(specs, seeds, settings, devices, write_log, console) -> int:
     """Trains everything and shows it; the exit status."""
-    shown, programs = view.RunView(console), {}
+    shown, interrupted = view.RunView(console), ""
+    programs: Programs = {}
     ended: list[Event] = []
-    interrupted = ""
     try:
         for spec in specs:
             if devices is None:
@@ -87,7 +87,7 @@ def _train(specs, seeds, settings, devices, write_log, console) -> int:
                     ended.append(event)
                 elif write_log and isinstance(event.news, EpochInfo):
                     write_log(f"{event.spec.arm}, seed {event.seed}", event.news)
-            for line in view.arm_lines(spec, [record_of(event) for event in ended if event.spec is spec]):
+            for line in view.arm_lines(spec, ended):
                 console.print(line)
     except MeshError as error:
         raise click.UsageError(str(error)) from error
@@ -96,4 +96,5 @@ def _train(specs, seeds, settings, devices, write_log, console) -> int:
     finally:
         counts = view.counts_line(ended, len(specs) * len(seeds))
         console.print(f"{interrupted}{counts}; records in {settings.out}")
-    return 130 if interrupted else int(any(record_of(event).status == "diverged" for event in ended))
+    diverged = any(record.status == "diverged" for event in ended if (record := record_of(event)))
+    return 130 if interrupted else int(diverged)

@@ -44,27 +44,16 @@ class Device(TypedDict):
 
 @dataclasses.dataclass(frozen=True)
 class Provenance:
-    """Everything outside the recipe and the seed that the numbers of a run depend on.
-
-    Attributes:
-      data: source, hash, and numbers of training and test images.
-      device: accelerators and CPU.
-      versions: of Python and the packages that matter.
-      source_hash: of the package's and the experiment's source files.
-      precision: the compute dtype.
-      conv: the convolution backend: "lax", "onednn" or "torch".
-      mesh: number of devices along the axes seed and batch, "4x2".
-      settings: JAX options and environment variables that change numbers; empty where they were not recorded.
-    """
+    """Everything outside the recipe and the seed that the numbers of a run depend on."""
 
     data: Annotated[dict[str, Any], Data]
     device: Annotated[dict[str, Any], Device]
-    versions: dict[str, str]
-    source_hash: str
-    precision: str
-    conv: str
-    mesh: str
-    settings: dict[str, bool | str | None]
+    versions: dict[str, str]  # of Python and the packages that matter
+    source_hash: str  # of the package's and the experiment's source files
+    precision: str  # the compute dtype
+    conv: str  # the convolution backend: "lax", "onednn" or "torch"
+    mesh: str  # number of devices along the axes seed and batch, "4x2"
+    settings: dict[str, bool | str | None]  # JAX options and environment variables that change numbers
 
     def diff(self, other: "Provenance") -> dict[str, tuple[Any, Any]]:
         """Dotted names whose values differ, as `(self, other)`: `{"versions.jax": ("0.10.2", "0.12.0")}`.

@@ -39,37 +39,21 @@ RESULT = tuple(typing.get_type_hints(Result))
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """Everything recorded about one run; the fields are the keys of its file.
+    """Everything recorded about one run; the fields are the keys of its file."""
 
-    Attributes:
-      experiment: name of the recipe.
-      framework: what trained it.
-      recipe: `recipe.to_dict`, where the repr stands for a value that JSON cannot hold.
-      recipe_repr: the recipe as a Python expression.
-      recipe_hash: identifies everything in the recipe but its name and published figures.
-      seed: of the run's key.
-      status: how the run ended.
-      error: what went wrong; None for a finished run.
-      provenance: data, device, versions, source and settings.
-      command: arguments of the command line.
-      started: UTC, ISO 8601.
-      epochs: the epoch table, accuracies as fractions; numbers that are not finite are null in the file.
-      result: None unless finished.
-    """
-
-    experiment: str
-    framework: Annotated[str, Literal["jax", "torch"]]
-    recipe: dict[str, Any]
-    recipe_repr: str
-    recipe_hash: str
-    seed: int
+    experiment: str  # name of the recipe
+    framework: Annotated[str, Literal["jax", "torch"]]  # what trained it
+    recipe: dict[str, Any]  # `recipe.to_dict`, with the repr of values that JSON cannot hold
+    recipe_repr: str  # a Python expression
+    recipe_hash: str  # identifies everything in the recipe but its name and published figures
+    seed: int  # of the run's key
     status: Status
-    error: str | None
+    error: str | None  # what went wrong; None for a finished run
     provenance: Provenance
-    command: tuple[str, ...]
-    started: str
-    epochs: tuple[EpochInfo, ...]
-    result: Annotated[dict[str, float], Result] | None
+    command: tuple[str, ...]  # arguments of the command line
+    started: str  # UTC, ISO 8601
+    epochs: tuple[EpochInfo, ...]  # accuracies as fractions; numbers that are not finite are null in the file
+    result: Annotated[dict[str, float], Result] | None  # None unless finished
 
 
 def path_of(out: Path, framework: str, experiment: str, recipe_hash: str, data_hash: str, seed: int) -> Path:

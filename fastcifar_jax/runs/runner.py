@@ -288,7 +288,7 @@ def finished(
     recipe, transfer_seconds = spec.recipe, spec.data.transfer_seconds
     num_images = count_steps(recipe.num_epochs, spec.data.info.train // recipe.batch_size) * recipe.batch_size
     seconds = sum(row.train_seconds for row in rows)
-    result: records.Result = {
+    result = {
         "test_accuracy": rows[-1].test_accuracy,
         "tta_accuracy": rows[-1].tta_accuracy,
         "train_seconds": transfer_seconds + setup_seconds + seconds,
