@@ -10,8 +10,7 @@ import pytest
 from experiments import bag_of_tricks
 from fastcifar_jax.cli import app as cli
 from fastcifar_jax.ops import backend
-from fastcifar_jax.recipe import flatten
-from fastcifar_jax.recipe import change
+from fastcifar_jax.recipe import change, flatten
 from fastcifar_jax.runs import experiments as discover
 from fastcifar_jax.runs import records
 from fastcifar_jax.train import Diverged
