@@ -76,7 +76,7 @@ def numpy_rebuild(key, augmentations, images, labels, max_options):
     return images[permutation], labels[permutation]
 
 
-@pytest.mark.parametrize("num_images", [1000, 731, 60])
+@pytest.mark.parametrize("num_images", [731, 60, pytest.param(1000, marks=pytest.mark.slow)])
 def test_composed_groups_equal_rebuilding_the_data_set(key, num_images):
     images, labels = images_of(num_images), np.arange(num_images)
     plan = jax.jit(lambda key: GroupedSampling(200)(key, ALL, num_images, 32, 32))(key)
@@ -96,7 +96,7 @@ def test_groups_are_balanced(key):
     np.testing.assert_array_equal(np.sort(plan.order), np.arange(50_000))
 
 
-@pytest.mark.parametrize("num_images", [50, 81, 100, 161])
+@pytest.mark.parametrize("num_images", [50, 161, *(pytest.param(n, marks=pytest.mark.slow) for n in (81, 100))])
 def test_groups_of_one_or_two_images_are_balanced(key, num_images):
     [choice] = GroupedSampling(None)(key, (Crop(4),), num_images, 32, 32).choices
     counts = np.bincount(choice, minlength=81)
