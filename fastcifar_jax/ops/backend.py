@@ -23,7 +23,7 @@ import jax
 ConvBackend = Literal["lax", "onednn"]
 StepLoop = Literal["step", "block", "epoch"]  # training steps that one call runs
 
-CHECK_SECONDS = 120  # a check that takes longer hangs
+CHECK_SECONDS = 300  # a check that takes longer hangs; on an idle machine it takes 10
 _GAP = 2**30  # bytes of address space for small allocations
 # The name of the kernel in a line of ONEDNN_VERBOSE. Those called gemm start parallel work inside parallel work, for
 # which XLA's thread pool waits forever; those called ref are a thousand times slower.
