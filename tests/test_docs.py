@@ -63,8 +63,8 @@ def test_python_of_the_api_page_runs(capsys):
         exec(compile(block, "docs/api.md", "exec"), namespace)
     rows = namespace["snapshot"].epochs
     assert rows[-1].test_accuracy > 0.5
-    assert int(namespace["state"].step) == 8
-    assert namespace["totals"].loss > 0
+    assert int(namespace["state"].step) == 22 * len(rows) + 8
+    assert 0 < namespace["totals"].loss < 8 * 64 * rows[0].train_loss
     lines = [f"epoch {row.epoch}: test accuracy {row.test_accuracy:.2%}" for row in rows]
     assert capsys.readouterr().out.splitlines() == lines
 
