@@ -7,9 +7,9 @@ Max-pool, norm and activation with all gradients, on random maps: by `normalize_
 [batch / groups, groups, height, width, channels], differentiated by JAX. Both take turns within one process, at least 5
 each; printed are medians with the least and the largest, and the ratio.
 
-Answer (2 cores of an AMD EPYC, AVX-512, jax 0.10.2, two runs of each line above): about as much time again. 57 and
-60 ms against 124 and 130 ms, ratios 2.19 (2.09 to 2.78) and 2.14 (1.97 to 2.52); with 16 groups and CELU 71 and 72 ms against
-147 and 144 ms, ratios 1.99 (1.50 to 2.62) and 2.01 (1.94 to 2.46).
+Answer (2 cores of an AMD EPYC, AVX-512, jax 0.10.2, two runs of each line above): about as much time again. 57 and 60
+ms against 124 and 130 ms, ratios 2.19 (2.09 to 2.78) and 2.14 (1.97 to 2.52); with 16 groups and CELU 71 and 72 ms
+against 147 and 144 ms, ratios 1.99 (1.50 to 2.62) and 2.01 (1.94 to 2.46).
 """
 
 import statistics
