@@ -144,7 +144,9 @@ def over_devices(images: Images) -> Images:
 
 def zero_totals(recipe: Recipe) -> StepInfo:
     """The sums of an epoch before its first step."""
-    return StepInfo(np.zeros((), np.float64 if recipe.compute_dtype == "float64" else np.float32), np.int32(0))
+    dtype = np.float64 if recipe.compute_dtype == "float64" else np.float32
+    zeros: tuple[Any, Any] = (np.zeros((), dtype), np.int32(0))  # NumPy arrays, which are on no device yet
+    return StepInfo(*zeros)
 
 
 def steps_of_epochs(recipe: Recipe, steps_per_epoch: int) -> list[int]:

@@ -66,11 +66,11 @@ def bench_command(invocation: CliContext, names: tuple[str, ...], json_path: Pat
             tasks.append((task, recipe, view.size_of(recipe, num_classes).macs))
     found = []
     dtypes, against, rounds = options["dtypes"] or (default_dtype(),), bool(options["against"]), options["rounds"]
-    for task in tasks:
+    for task, recipe, macs in tasks:
         try:
-            found.append(bench.run_bench(*task, dtypes, against, rounds, console.print))
+            found.append(bench.run_bench(task, recipe, macs, dtypes, against, rounds, console.print))
         except bench.BenchError as error:
-            raise click.ClickException(f"{task[0]['experiment']}: {error}") from error
+            raise click.ClickException(f"{recipe.name}: {error}") from error
         show_bench(found[-1], console)
     if json_path:
         files.write_text(json_path, json.dumps(found, indent=1) + "\n")
