@@ -96,6 +96,7 @@ def test_celu_slope(alpha):
         np.testing.assert_allclose(*slopes, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_pooling_before_the_activation_is_the_same_function(key):
     """A monotonic activation commutes with the maximum; one without `MONOTONIC` stays before a pool of its own."""
     images = images_of(8, 16)

@@ -46,8 +46,15 @@ def outcomes(recipe, mesh, seeds):
 def devices():
     """Four devices in one process."""
     return {
-        "linear alone": alone(linear(), SEEDS),
-        "linear": outcomes(linear(), make_mesh(2, 1), SEEDS),
+        "alone": alone(linear(), SEEDS),
+        "seed": outcomes(linear(), make_mesh(2, 1), SEEDS),
+        "batch": outcomes(linear(), make_mesh(2, 2), SEEDS),
+    }
+
+
+def networks():
+    """Real networks with ghost batch norm and without, on four devices."""
+    return {
         "plain alone": alone(PLAIN, SEEDS[:1]),
         "plain": outcomes(PLAIN, make_mesh(1, 4), SEEDS[:1]),
         "ghost alone": alone(GHOST, SEEDS[:3]),
@@ -100,7 +107,7 @@ def main(job, out, process_id=None, port=None):
     if process_id is not None:
         hosts.initialize(f"localhost:{port}", 2, int(process_id), heartbeat_seconds=HEARTBEAT_SECONDS)
     jobs = {"killed0": lambda: killed(0), "killed1": lambda: killed(1)}
-    jobs.update({f.__name__: f for f in (devices, processes, raising)})
+    jobs.update({f.__name__: f for f in (devices, networks, processes, raising)})
     start = time.perf_counter()
     found = jobs[job]()
     print(f"{job} {process_id}: {time.perf_counter() - start:.1f} s", file=sys.stderr)

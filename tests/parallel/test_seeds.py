@@ -1,5 +1,6 @@
 """Many seeds, devices and processes against one device; see tests/distributed_worker.py for what they run."""
 
+import functools
 import os
 import pickle
 import signal
@@ -56,18 +57,6 @@ def start_pair(job, out):
     return [start(job, out, i, port) for i in range(2)]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def children(tmp_path_factory):
-    """The long jobs, which run beside the tests of this process: `job -> (processes, file of what they found)`."""
-    outs = {job: tmp_path_factory.mktemp(job) / "found" for job in ("devices", "processes")}
-    started = {"devices": [start("devices", outs["devices"], devices=4)]}
-    started["processes"] = start_pair("processes", outs["processes"])
-    yield {job: (started[job], outs[job]) for job in outs}
-    for child in CHILDREN:
-        with child:  # waits, and closes its pipe
-            child.kill()
-
-
 def found_by(processes, out):
     for status, errors in [end(process, START) for process in processes]:
         assert status == 0, errors[-3000:]
@@ -75,15 +64,19 @@ def found_by(processes, out):
 
 
 @pytest.fixture(scope="module")
-def devices(children):
-    """What one process with four devices found."""
-    return found_by(*children["devices"])
+def found(tmp_path_factory):
+    """`found(job)`: what the processes of a job found, each job once."""
 
+    @functools.cache
+    def found(job):
+        out = tmp_path_factory.mktemp(job) / "found"
+        started = start_pair(job, out) if job == "processes" else [start(job, out, devices=4)]
+        return found_by(started, out)
 
-@pytest.fixture(scope="module")
-def processes(children):
-    """What two processes with one device each found."""
-    return found_by(*children["processes"])
+    yield found
+    for child in CHILDREN:
+        with child:  # waits, and closes its pipe
+            child.kill()
 
 
 def test_a_diverged_seed_ends_no_other():
@@ -150,33 +143,43 @@ def assert_close(found, expected):
         chex.assert_trees_all_close(a.state, b.state, rtol=1e-8, atol=1e-9)
 
 
-def test_seeds_over_devices_are_bitwise_those_of_one_device(devices):
-    assert_same(devices["linear"], devices["linear alone"])
+def test_seeds_over_devices_are_bitwise_those_of_one_device(found):
+    assert_same(found("devices")["seed"], found("devices")["alone"])
 
 
-def test_seeds_over_processes_are_bitwise_those_of_one_device(processes):
+def test_batches_over_devices_give_the_numbers_of_one_device(found):
+    """Two rows of two devices, in float32."""
+    for a, b in zip(found("devices")["batch"], found("devices")["alone"], strict=True):
+        np.testing.assert_allclose(numbers(a), numbers(b), rtol=1e-5)
+        chex.assert_trees_all_close(a.state, b.state, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", ["ghost", "plain"])
+def test_batches_of_a_network_over_devices_give_the_numbers_of_one_device(found, norm):
+    """Ghost groups that two devices share, and batch norm over four."""
+    assert_close(found("networks")[norm], found("networks")[f"{norm} alone"])
+
+
+@pytest.mark.slow
+def test_seeds_over_processes_are_bitwise_those_of_one_device(found):
+    processes = found("processes")
     assert_same(processes["seed"], processes["alone"])
     assert [run.state is None for run in processes["seed"]] == [False, True, False]
 
 
-def test_batches_over_devices_give_the_numbers_of_one_device(devices):
-    """Two rows of two devices, which share every ghost group."""
-    assert_close(devices["ghost"], devices["ghost alone"])
+@pytest.mark.slow
+def test_a_batch_over_processes_gives_the_numbers_of_one_device(found):
+    assert_close(found("processes")["batch"], found("processes")["alone"][:1])
 
 
-def test_plain_batch_norm_is_synchronised_over_devices(devices):
-    assert_close(devices["plain"], devices["plain alone"])
+@pytest.mark.slow
+def test_processes_do_what_process_0_is_to_do(found):
+    assert found("processes")["from_process_0"] == [0, 7]
+    assert found("processes")["disagreement"].startswith("processes [1] would run something else than process 0")
 
 
-def test_a_batch_over_processes_gives_the_numbers_of_one_device(processes):
-    assert_close(processes["batch"], processes["alone"][:1])
-
-
-def test_processes_do_what_process_0_is_to_do(processes):
-    assert processes["from_process_0"] == [0, 7]
-    assert processes["disagreement"].startswith("processes [1] would run something else than process 0")
-
-
+@pytest.mark.slow
 def test_a_process_that_is_left_alone_ends_with_an_error(tmp_path):
     """Either process is killed, or process 1 leaves with an exception."""
     victims = {"killed0": 0, "killed1": 1, "raising": 1}

@@ -138,6 +138,7 @@ def test_activations_and_slopes():
     assert set(np.unique(lines_of(slopes)["relu"][1])) <= {0, 1}
 
 
+@pytest.mark.slow
 def test_norm_history_is_that_of_the_run(workplace):
     Path("normed.py").write_text(NORMED)
     [experiment] = discover.resolve(("normed.py",), None)

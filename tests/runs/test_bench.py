@@ -51,6 +51,7 @@ def test_a_contender_that_fails_is_left_out_with_its_reason():
     assert said == ["broken: compiling and warming up", f"broken: left out: {failed['broken']}"]
 
 
+@pytest.mark.slow
 def test_bench_command_measures_and_writes_json(tmp_path, capsys, monkeypatch):
     trick = tmp_path / "tiny.py"
     small = quickstart.model.with_width(2)

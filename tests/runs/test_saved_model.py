@@ -45,6 +45,7 @@ RECIPE = replace(final, num_epochs=2, batch_size=64, model=model, optim=optim, c
 """
 
 
+@pytest.mark.slow
 def test_a_real_run(tmp_path):
     """`run --save`: the model gives what is on record, and is the same file when saved again."""
     (tmp_path / "resnet9.py").write_text(RESNET9)
