@@ -57,6 +57,7 @@ def test_commands_are_ones_that_exist(page):
             assert isinstance(error, click.MissingParameter) or "does not exist" in str(error), f"{line}: {error}"
 
 
+@pytest.mark.slow
 def test_python_of_the_api_page_runs(capsys):
     namespace = {}
     for block in fenced(ROOT / "docs" / "api.md", "python"):

@@ -162,6 +162,7 @@ def test_evaluation_takes_the_mean_over_groups_or_group_0():
     chex.assert_trees_all_close(*(jax.tree.map(lambda s: s.mean(0), after(s)) for s in (statistics, mean)), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_evaluation_leaves_statistics_and_does_not_mix_images(key):
     images = images_of(4, 8)
     model = replace(FINAL, **SMALL, norm=BatchNormConfig(num_groups=2, train_scale=False))(10)
