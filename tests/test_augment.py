@@ -76,7 +76,7 @@ def numpy_rebuild(key, augmentations, images, labels, max_options):
     return images[permutation], labels[permutation]
 
 
-@pytest.mark.parametrize("num_images", [731, 60, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_images", [60, *(pytest.param(n, marks=pytest.mark.slow) for n in (731, 1000))])
 def test_composed_groups_equal_rebuilding_the_data_set(key, num_images):
     images, labels = images_of(num_images), np.arange(num_images)
     plan = jax.jit(lambda key: GroupedSampling(200)(key, ALL, num_images, 32, 32))(key)

@@ -179,7 +179,9 @@ def test_batch_that_ghost_groups_do_not_divide():
         model.apply(variables, maps[:6], True)
 
 
-@pytest.mark.parametrize("compute_dtype", ["float32", "mixed", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "compute_dtype", ["float32", "mixed", "bfloat16", pytest.param("float16", marks=pytest.mark.slow)]
+)
 def test_weights_stay_float32_whatever_is_computed(key, compute_dtype):
     model = replace(FINAL, **SMALL)(10, compute_dtype)
     images = images_of(16, 16)
