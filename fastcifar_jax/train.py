@@ -202,13 +202,13 @@ def make_train(recipe: Recipe, num_classes: int) -> Callable[[PRNGKeyArray, Data
             programs[shapes] = compile_run(recipe, num_classes, dataset)
             compile_seconds = programs[shapes].seconds
         *_, last = train_epochs(recipe, num_classes, key, dataset, compiled=programs[shapes])
-        return run_result(recipe, programs[shapes].steps_per_epoch, last, compile_seconds)
+        return run_result(recipe, len(dataset.train_labels), last, compile_seconds)
 
     return train
 
 
-def run_result(recipe: Recipe, steps_per_epoch: int, last: Snapshot, compile_seconds: float) -> RunResult:
-    """What a run comes to, from its last snapshot."""
-    num_images = count_steps(recipe.num_epochs, steps_per_epoch) * recipe.batch_size
+def run_result(recipe: Recipe, num_train: int, last: Snapshot, compile_seconds: float) -> RunResult:
+    """What a run on `num_train` images comes to, from its last snapshot."""
+    num_images = count_steps(recipe.num_epochs, num_train // recipe.batch_size) * recipe.batch_size
     rate = num_images / sum(row.train_seconds for row in last.epochs)
     return RunResult(last.state, last.epochs, last.setup_seconds, compile_seconds, rate)

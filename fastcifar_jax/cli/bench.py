@@ -40,12 +40,12 @@ from fastcifar_jax.runs import bench, experiments, files
 @click.option("--rounds", type=click.IntRange(bench.MIN_ROUNDS), default=7, show_default=True)
 @json_option
 @click.pass_obj
-def bench_command(invocation: CliContext, names: tuple[str, ...], json_path: Path | None, **options: Any) -> None:
+def bench_command(context: CliContext, names: tuple[str, ...], json_path: Path | None, **options: Any) -> None:
     """Times whole training steps of recipes, final and baseline by default, and PyTorch's in the same rounds."""
     console = view.make_console()
     tasks = []
     with usage_errors():
-        for experiment in experiments.resolve(names or ("final", "baseline"), invocation.folder):
+        for experiment in experiments.resolve(names or ("final", "baseline"), context.folder):
             with usage_errors(experiment.recipe.name):
                 recipe = change(experiment.recipe, options["assignments"], None, options["width"], None)
             source = options["data"] or os.environ.get("FASTCIFAR_DATA") or experiment.data or "cifar10"
@@ -57,7 +57,7 @@ def bench_command(invocation: CliContext, names: tuple[str, ...], json_path: Pat
             task = {
                 "experiment": experiment.recipe.name,
                 "path": str(experiment.path),
-                "folder": str(invocation.folder) if invocation.folder else None,
+                "folder": str(context.folder) if context.folder else None,
                 "data": source,
                 "limit_train": options["limit_train"],
                 "width": options["width"],

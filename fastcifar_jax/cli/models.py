@@ -35,7 +35,7 @@ path_argument = click.argument("path", type=click.Path(path_type=Path))
 @json_option
 @click.pass_obj
 def predict(
-    invocation: CliContext,
+    context: CliContext,
     path: Path,
     images: tuple[Path, ...],
     resize: bool,
@@ -43,7 +43,7 @@ def predict(
     json_path: Path | None,
 ) -> None:
     """Shows the most probable classes of PNG and JPEG images, given the model at PATH that `run --save` wrote."""
-    model = _load(invocation, path, recipe_name)
+    model = _load(context, path, recipe_name)
     with usage_errors():
         pixels = np.stack([read_image(image, model.image_shape, resize) for image in images])
         probabilities = model.predict(pixels)
@@ -64,7 +64,7 @@ def predict(
 @json_option
 @click.pass_obj
 def evaluate(
-    invocation: CliContext,
+    context: CliContext,
     path: Path,
     source: str,
     limit_test: int | None,
@@ -76,7 +76,7 @@ def evaluate(
     Shows accuracy, cross-entropy (without label smoothing, whatever the training loss), expected calibration error and
     the confusion table.
     """
-    model = _load(invocation, path, recipe_name)
+    model = _load(context, path, recipe_name)
     console = view.make_console()
     with usage_errors():
         dataset, info = load_data(source)
@@ -127,10 +127,10 @@ def read_image(path: Path, shape: tuple[int, int, int], resize: bool) -> np.ndar
         return decode_image(data, path, height, width, resize=resize, advice=advice)
 
 
-def _load(invocation: CliContext, path: Path, recipe_name: str | None) -> SavedModel:
+def _load(context: CliContext, path: Path, recipe_name: str | None) -> SavedModel:
     with usage_errors():
         backend.configure_cpu()  # before anything asks JAX for a device
-        found = experiments.resolve((recipe_name,), invocation.folder) if recipe_name else []
+        found = experiments.resolve((recipe_name,), context.folder) if recipe_name else []
         if len(found) > 1:
             raise ValueError(f"{recipe_name} declares {len(found)} recipes; give one")
         return load_model(path, found[0].recipe if found else None)

@@ -57,9 +57,9 @@ out_option = click.option(
 @set_option
 @out_option
 @click.pass_obj
-def augmentations(invocation: CliContext, name: str, out: Path, **options: Any) -> None:
+def augmentations(context: CliContext, name: str, out: Path, **options: Any) -> None:
     """The first 8 training images, as stored and in the first two epochs of recipe NAME (default: baseline)."""
-    recipe, loaded = _with_data(invocation, name, **options)
+    recipe, loaded = _with_data(context, name, **options)
     count, epochs = min(8, loaded.info.train), (1, 2)
     with usage_errors(recipe.name):
         pictures = plot_data.augmented(recipe, loaded.dataset, count, epochs)
@@ -75,9 +75,9 @@ def augmentations(invocation: CliContext, name: str, out: Path, **options: Any) 
 @set_option
 @out_option
 @click.pass_obj
-def whitening(invocation: CliContext, name: str, patch: int, out: Path, **options: Any) -> None:
+def whitening(context: CliContext, name: str, patch: int, out: Path, **options: Any) -> None:
     """The eigenvectors of image patches, from the images that recipe NAME (default: final) starts with."""
-    recipe, loaded = _with_data(invocation, name, **options)
+    recipe, loaded = _with_data(context, name, **options)
     _save(out, figures.whitening, plot_data.eigen_patches(recipe, loaded.dataset, patch), recipe)
 
 
@@ -95,10 +95,10 @@ def activations(out: Path) -> None:
 @set_option
 @out_option
 @click.pass_obj
-def schedule(invocation: CliContext, names: Sequence[str], out: Path, **options: Any) -> None:
+def schedule(context: CliContext, names: Sequence[str], out: Path, **options: Any) -> None:
     """The learning rates of recipes (default: final) over a run on 50,000 images."""
     rates = {}
-    for recipe, _ in _recipes(invocation, names or ("final",), **options):
+    for recipe, _ in _recipes(context, names or ("final",), **options):
         with usage_errors():
             steps_per_epoch = CIFAR10_TRAIN // recipe.batch_size
             rates[recipe.name] = plot_data.learning_rates(recipe, max(1, steps_per_epoch))
@@ -114,11 +114,11 @@ def schedule(invocation: CliContext, names: Sequence[str], out: Path, **options:
 @set_option
 @out_option
 @click.pass_obj
-def bn_dynamics(invocation: CliContext, name: str, out: Path, **options: Any) -> None:
+def bn_dynamics(context: CliContext, name: str, out: Path, **options: Any) -> None:
     """Trains recipe NAME (default: ghost_norm) and shows scales and biases of its norms after each epoch."""
     with usage_errors():
         backend.configure_cpu()
-    recipe, loaded = _with_data(invocation, name, **options)
+    recipe, loaded = _with_data(context, name, **options)
     records.make_folder(out.parent)
     console = report.make_console()
     on_epoch = lambda row: console.print(f"epoch {row.epoch}: training loss {row.train_loss:.4f}")
@@ -157,35 +157,35 @@ def curves(paths: Sequence[Path], out: Path) -> None:
 @set_option
 @out_option
 @click.pass_obj
-def network(invocation: CliContext, name: str, out: Path, **options: Any) -> None:
+def network(context: CliContext, name: str, out: Path, **options: Any) -> None:
     """The network of recipe NAME (default: final) for images of 32x32 and 10 classes."""
-    recipe, _ = _recipe(invocation, name, **options)
+    recipe, _ = _recipe(context, name, **options)
     with usage_errors():
         layers = layers_of(recipe.model(10, "float32"), recipe.name)
     _save(out, draw, layers, recipe.name)
 
 
 def _recipes(
-    invocation: CliContext, names: Sequence[str], *, assignments: Sequence[str], epochs=None, width=None
+    context: CliContext, names: Sequence[str], *, assignments: Sequence[str], epochs=None, width=None
 ) -> list[tuple[Recipe, str]]:
     """The recipes, changed by the options, and their data by default."""
     with usage_errors():
-        found = discover.resolve(names, invocation.folder)
+        found = discover.resolve(names, context.folder)
         return [(change(each.recipe, assignments, epochs, width, None), each.data or "cifar10") for each in found]
 
 
-def _recipe(invocation: CliContext, name: str, **options: Any) -> tuple[Recipe, str]:
-    found = _recipes(invocation, (name,), **options)
+def _recipe(context: CliContext, name: str, **options: Any) -> tuple[Recipe, str]:
+    found = _recipes(context, (name,), **options)
     if len(found) > 1:
         raise click.UsageError(f"{name} stands for {len(found)} recipes; name one")
     return found[0]
 
 
 def _with_data(
-    invocation: CliContext, name: str, *, data: str | None, limit_train: int | None, **options: Any
+    context: CliContext, name: str, *, data: str | None, limit_train: int | None, **options: Any
 ) -> tuple[Recipe, LoadedData]:
     """One recipe, and the images that it would be trained on."""
-    recipe, default = _recipe(invocation, name, **options)
+    recipe, default = _recipe(context, name, **options)
     with usage_errors():
         source = data or os.environ.get("FASTCIFAR_DATA") or default
         return recipe, load_data(source, limit_train, report.make_console())

@@ -27,7 +27,7 @@ from fastcifar_jax.runs import files, records
 @click.option("--all", "show_all", is_flag=True, help="Also list the experiments that were not run.")
 @click.pass_obj
 def report_command(
-    invocation: CliContext,
+    context: CliContext,
     runs: tuple[Path, ...],
     out: Path,
     markdown_path: Path | None,
@@ -42,7 +42,7 @@ def report_command(
     with usage_errors():
         found = list(records.gather(runs or (Path("runs"),)).values())
     try:
-        experiments = discover.find_experiments(invocation.folder)
+        experiments = discover.find_experiments(context.folder)
     except ValueError:  # outside a clone
         experiments = []
     if markdown_path and markdown_path.resolve() == out.resolve():

@@ -86,7 +86,7 @@ def _train_rows(recipe, num_classes, work, dataset):
                     news.put((seed, error))
                 else:
                     seconds = 0.0 if i else compiled.seconds
-                    news.put((seed, run_result(recipe, compiled.steps_per_epoch, snapshot, seconds)))
+                    news.put((seed, run_result(recipe, len(dataset.train_labels), snapshot, seconds)))
 
     def guarded(devices, seeds):
         try:

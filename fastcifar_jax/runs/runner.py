@@ -22,9 +22,8 @@ from fastcifar_jax.runs import checkpoint, provenance, records
 from fastcifar_jax.runs import saved_model as saved
 from fastcifar_jax.runs.checkpoint import CheckpointError
 from fastcifar_jax.runs.records import Record, RecordError
-from fastcifar_jax.schedules import count_steps
-from fastcifar_jax.train import CompiledRun, Diverged, OnSteps, compile_run, train_epochs
-from fastcifar_jax.types import Dataset, EpochInfo, Snapshot
+from fastcifar_jax.train import CompiledRun, Diverged, OnSteps, compile_run, run_result, train_epochs
+from fastcifar_jax.types import Dataset, EpochInfo, RunResult, Snapshot
 
 Programs = dict[tuple, CompiledRun]  # compiled ones, shared by the recipes of a command
 
@@ -181,7 +180,8 @@ def _run_seed(spec, seed, settings, programs, on_steps):
             yield rows[-1]
         if settings.save:
             _save_model(spec, settings, seed, snapshot)
-        record = finished(new, spec, rows, snapshot.setup_seconds, compile_seconds)
+        result = run_result(spec.recipe, spec.data.info.train, snapshot, compile_seconds)
+        record = finished(new, result, spec.data.transfer_seconds)
     except Exception as error:
         record, failure = failed(new, error, rows), None if isinstance(error, Diverged) else error
     try:
@@ -281,20 +281,15 @@ def failed(new: Record, error: Exception, rows: Sequence[EpochInfo]) -> Record:
     return dataclasses.replace(new, error=f"{type(error).__name__}: {error}", epochs=tuple(rows))
 
 
-def finished(
-    new: Record, spec: RunSpec, rows: Sequence[EpochInfo], setup_seconds: float, compile_seconds: float
-) -> Record:
+def finished(new: Record, run: RunResult, transfer_seconds: float) -> Record:
     """The record of a run that came to its end."""
-    recipe, transfer_seconds = spec.recipe, spec.data.transfer_seconds
-    num_images = count_steps(recipe.num_epochs, spec.data.info.train // recipe.batch_size) * recipe.batch_size
-    seconds = sum(row.train_seconds for row in rows)
     result = {
-        "test_accuracy": rows[-1].test_accuracy,
-        "tta_accuracy": rows[-1].tta_accuracy,
-        "train_seconds": transfer_seconds + setup_seconds + seconds,
-        "setup_seconds": setup_seconds,
+        "test_accuracy": run.epochs[-1].test_accuracy,
+        "tta_accuracy": run.epochs[-1].tta_accuracy,
+        "train_seconds": transfer_seconds + run.train_seconds,
+        "setup_seconds": run.setup_seconds,
         "transfer_seconds": transfer_seconds,
-        "compile_seconds": compile_seconds,
-        "images_per_second": num_images / seconds,
+        "compile_seconds": run.compile_seconds,
+        "images_per_second": run.images_per_second,
     }
-    return dataclasses.replace(new, status="finished", epochs=tuple(rows), result=result)
+    return dataclasses.replace(new, status="finished", epochs=run.epochs, result=result)

@@ -70,7 +70,7 @@ def run_together(spec: RunSpec, seeds: Sequence[int], settings: RunSettings, mes
             if isinstance(news, Diverged):
                 record = failed(new[seed], news, ())
             else:
-                record = finished(new[seed], spec, news.epochs, news.setup_seconds, news.compile_seconds)
+                record = finished(new[seed], news, spec.data.transfer_seconds)
             write(record)
             yield Event(spec, seed, record)
     except records.RecordError:

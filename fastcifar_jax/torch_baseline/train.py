@@ -23,16 +23,14 @@ from fastcifar_jax.models.resnet9 import ResNet9
 from fastcifar_jax.muon import Muon
 from fastcifar_jax.optim import AirbenchSGD, Nesterov
 from fastcifar_jax.recipe import Recipe, resolve_dtype
-from fastcifar_jax.schedules import count_steps
 from fastcifar_jax.torch_baseline.augment import EpochPlan, make_batch, normalize, plan_epoch
 from fastcifar_jax.torch_baseline.evaluate import CHUNK, evaluate
 from fastcifar_jax.torch_baseline.models import set_whitening_filters
 from fastcifar_jax.torch_baseline.train_step import Trainer
-from fastcifar_jax.train import Diverged
-from fastcifar_jax.types import Dataset, EpochInfo, RunResult, Snapshot, StepInfo
+from fastcifar_jax.train import Diverged, OnSteps
+from fastcifar_jax.types import Dataset, EpochInfo, Snapshot, StepInfo
 
 REPORT_SECONDS = 1.0  # between two reports of progress
-OnSteps = Callable[[int, int], None]  # (epoch, steps of it that are done)
 Device = str | torch.device | None  # None: CUDA if PyTorch has it, else the CPU
 
 KNOWN_PARTS = {  # in this order: another model need not have the parts below it
@@ -135,28 +133,6 @@ def train_epochs(
             if not (math.isfinite(rows[-1].train_loss) and math.isfinite(rows[-1].test_loss)):
                 raise Diverged(recipe.name, rows)
             yield Snapshot(trainer.eval_network.state_dict(), rows, setup_seconds)
-
-
-def make_train(recipe: Recipe, num_classes: int, device: Device = None) -> Callable[[int, Dataset], RunResult]:
-    """A whole run as a function of a seed and a data set: `train(seed, dataset) -> RunResult`; see `train_epochs`.
-
-    Raises:
-      ValueError: a recipe that PyTorch cannot train.
-    """
-    recipe = resolve_dtype(recipe)
-    check_trainable(recipe)
-    warm = set()
-
-    def train(seed: int, dataset: Dataset) -> RunResult:
-        shapes = tuple((array.shape, str(array.dtype)) for array in dataset)
-        warm_up_seconds = 0.0 if shapes in warm else warm_up(recipe, num_classes, dataset, device)
-        warm.add(shapes)
-        *_, last = train_epochs(recipe, num_classes, seed, dataset, device=device)
-        num_steps = count_steps(recipe.num_epochs, len(dataset.train_labels) // recipe.batch_size)
-        rate = num_steps * recipe.batch_size / sum(row.train_seconds for row in last.epochs)
-        return RunResult(last.state, last.epochs, last.setup_seconds, warm_up_seconds, rate)
-
-    return train
 
 
 def warm_up(recipe: Recipe, num_classes: int, dataset: Dataset, device: Device = None) -> float:
