@@ -44,7 +44,7 @@ def by_definition(x, scale, bias, groups):
 @click.option("--activation", type=click.Choice(("celu", "gelu")), default="gelu", show_default=True)
 @click.option("--rounds", type=click.IntRange(5), default=9, show_default=True)
 def main(shape, groups, activation, rounds):
-    backend.configure_cpu()
+    backend.configure()
     x = jax.random.normal(jax.random.key(0), tuple(map(int, shape.split(","))))
     scale, bias = jnp.ones(x.shape[-1]), jnp.zeros(x.shape[-1])
     activate = Celu() if activation == "celu" else Gelu()

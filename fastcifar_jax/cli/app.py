@@ -1,7 +1,6 @@
 """The command line: `main`, and the commands that show what there is."""
 
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,14 +11,14 @@ import click
 from fastcifar_jax.cli import console as view
 from fastcifar_jax.cli.bench import bench_command
 from fastcifar_jax.cli.compare import compare, match_epochs
+from fastcifar_jax.cli.doctor import doctor
 from fastcifar_jax.cli.models import evaluate, predict
 from fastcifar_jax.cli.options import CliContext, usage_errors
 from fastcifar_jax.cli.plot import plot
 from fastcifar_jax.cli.report import report_command
 from fastcifar_jax.cli.reproduce import reproduce_command
 from fastcifar_jax.cli.run import run
-from fastcifar_jax.ops import backend
-from fastcifar_jax.runs import experiments, provenance
+from fastcifar_jax.runs import experiments
 from fastcifar_jax.runs.records import RecordError
 
 RENAMED = {
@@ -112,25 +111,7 @@ def show(context: CliContext, name: str) -> None:
                 console.print(part)
 
 
-@commands.command()
-def doctor() -> None:
-    """Shows the device, the versions and the settings that runs have on this machine, and the reasons."""
-    console = view.make_console()
-    with usage_errors():
-        name, reason = backend.conv_backend()
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
-    lines = {
-        "device": view.device_text(provenance.device()),
-        "memory": f"{memory / 2**30:.1f} GiB" if memory else "unknown",
-        "versions": ", ".join(f"{package} {version}" for package, version in provenance.versions().items()),
-        "convolutions": f"{name}: {reason}",
-        "loop": f"a call runs one {backend.step_loop()} of training steps",
-        "dtype": backend.default_dtype(),
-        "data": os.environ.get("FASTCIFAR_DATA") or "cifar10 (FASTCIFAR_DATA is not set)",
-    }
-    for label, text in lines.items():
-        console.print(f"{label:>12}: {text}")
-
-
-for command in (run, compare, match_epochs, bench_command, plot, predict, evaluate, report_command, reproduce_command):
+for command in (
+    run, compare, match_epochs, bench_command, plot, predict, evaluate, report_command, reproduce_command, doctor,
+):  # fmt: skip
     commands.add_command(command)

@@ -129,7 +129,7 @@ def read_image(path: Path, shape: tuple[int, int, int], resize: bool) -> np.ndar
 
 def _load(context: CliContext, path: Path, recipe_name: str | None) -> SavedModel:
     with usage_errors():
-        backend.configure_cpu()  # before anything asks JAX for a device
+        backend.configure()  # before anything asks JAX for a device
         found = experiments.resolve((recipe_name,), context.folder) if recipe_name else []
         if len(found) > 1:
             raise ValueError(f"{recipe_name} declares {len(found)} recipes; give one")

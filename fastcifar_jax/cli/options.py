@@ -18,7 +18,7 @@ from fastcifar_jax.analysis.compare import arm_name, parse_arm
 from fastcifar_jax.cli.console import data_line
 from fastcifar_jax.functions import check_trainable
 from fastcifar_jax.models.base import PRECISIONS
-from fastcifar_jax.ops import backend
+from fastcifar_jax.ops import backend, devices
 from fastcifar_jax.recipe import Recipe, change, resolve_dtype
 from fastcifar_jax.runs import experiments, files, provenance, runner
 from fastcifar_jax.runs.runner import LoadedData, RunSettings, RunSpec
@@ -172,7 +172,10 @@ def make_specs(context: CliContext, names: Sequence[str], options: RunOptions, c
       click.UsageError: names, values or data that cannot be used.
     """
     with usage_errors():
-        backend.configure_cpu()  # before anything asks JAX for a device
+        backend.configure()  # before anything asks JAX for a device
+    if unused := devices.unused_gpu():
+        gpu, reason = unused
+        console.print(f"a GPU is present ({gpu.name}) but JAX uses the CPU: {reason}; the command doctor shows more")
     load_once = functools.cache(lambda source: load_data(source, options.limit_train, console))
     specs: dict[str, RunSpec] = {}
     with usage_errors():

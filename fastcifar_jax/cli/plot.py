@@ -117,7 +117,7 @@ def schedule(context: CliContext, names: Sequence[str], out: Path, **options: An
 def bn_dynamics(context: CliContext, name: str, out: Path, **options: Any) -> None:
     """Trains recipe NAME (default: ghost_norm) and shows scales and biases of its norms after each epoch."""
     with usage_errors():
-        backend.configure_cpu()
+        backend.configure()
     recipe, loaded = _with_data(context, name, **options)
     records.make_folder(out.parent)
     console = report.make_console()

@@ -119,7 +119,7 @@ def _find_experiment(record: Record, name: str | None, folder: Path | None) -> E
 
 
 def _run_spec(record: Record, name: str | None, source: str | None, context: CliContext, console: Console) -> RunSpec:
-    backend.configure_cpu()  # before anything asks JAX for a device
+    backend.configure()  # before anything asks JAX for a device
     experiment = _find_experiment(record, name, context.folder)
     recipe = recipe_of(record, experiment.recipe)
     twin, recorded = twin_of(record.framework), record.provenance.data

@@ -1,4 +1,4 @@
-"""What depends on the platform: the way to compute convolutions, the default dtype, compiler options, a CPU's memory.
+"""What depends on the platform: convolutions, the default dtype, compiler options, memory, kept programs.
 
 oneDNN's convolution is not a public interface of jaxlib: another jaxlib may lack it, and on another processor it may
 end the process or compute wrong numbers. So it is used only where `onednn_check` succeeded, in a process of its own.
@@ -10,11 +10,13 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -24,6 +26,7 @@ ConvBackend = Literal["lax", "onednn"]
 StepLoop = Literal["step", "block", "epoch"]  # training steps that one call runs
 
 CHECK_SECONDS = 300  # a check that takes longer hangs; on an idle machine it takes 10
+COMPILE_SECONDS = 0.1  # programs that compile faster are not kept
 _GAP = 2**30  # bytes of address space for small allocations
 # The name of the kernel in a line of ONEDNN_VERBOSE. Those called gemm start parallel work inside parallel work, for
 # which XLA's thread pool waits forever; those called ref are a thousand times slower.
@@ -103,8 +106,11 @@ def _cache_file() -> Path:
     settings = os.environ.get("XLA_FLAGS", "") + os.environ.get("ONEDNN_MAX_CPU_ISA", "")
     text = "\n".join([importlib.metadata.version("jaxlib"), processor, settings, sys.version])
     name = hashlib.sha256(text.encode() + sources).hexdigest()[:16]
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "fastcifar_jax" / f"onednn-{name}.json"
+    return _cache_folder() / f"onednn-{name}.json"
+
+
+def _cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastcifar_jax"
 
 
 def _cpu_info() -> str:
@@ -155,19 +161,47 @@ def known_options(options: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
-def configure_cpu() -> None:
-    """Sets what convolutions on a CPU need from the whole process; call it before anything asks JAX for a device.
+def configure() -> None:
+    """Sets what a run needs from the whole process; call it before anything asks JAX for a device.
+
+    On a CPU:
 
     * Freed memory is kept, see `keep_freed_memory`.
     * Calls are synchronous. With asynchronous ones XLA frees the temporary arrays of a call only after the next one has
       begun: blocks of steps of `final` at half width took 4.7 GiB instead of 1.8.
     * The persistent compilation cache is off where oneDNN is used: programs that call it cannot be written to the
       cache, and JAX would try and warn in every process.
+
+    On an accelerator compiled programs are kept, see `keep_compiled_programs`.
     """
     keep_freed_memory()  # first: asking for the backend starts XLA's threads
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     if conv_backend()[0] == "onednn":
         jax.config.update("jax_enable_compilation_cache", False)
+    if jax.default_backend() != "cpu":
+        keep_compiled_programs()
+
+
+def keep_compiled_programs() -> None:
+    """Makes JAX keep compiled programs in the user's cache folder; warns if that cannot be written.
+
+    A folder that the user chose (`JAX_COMPILATION_CACHE_DIR`) stays, with JAX's own threshold of a second.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ or getattr(jax.config, "jax_compilation_cache_dir", None):
+        return
+    folder = _cache_folder() / "compiled"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # JAX runs what it finds there
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        logging.getLogger("fastcifar_jax").warning(
+            "warning: compiled programs are not kept: %s; set JAX_COMPILATION_CACHE_DIR to a writable folder",
+            error,
+        )
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", COMPILE_SECONDS)
 
 
 def keep_freed_memory() -> None:

@@ -35,7 +35,6 @@ Prepared = tuple[Callable[[], None], dict[str, Any]]  # takes `STEPS` steps; wha
 
 def prepare_jax(recipe: Recipe, num_classes: int, dataset: Dataset) -> Prepared:
     """The first steps of an epoch, again and again, by the programs of a run."""
-    backend.configure_cpu()
     dataset = jax.device_put(dataset)
     run = compile_run(recipe, num_classes, dataset)
     values, key = hparams(recipe), jax.random.key(0)
@@ -73,7 +72,6 @@ def layer_rates(recipe: Recipe, num_classes: int, repeats: int = 5) -> dict[str,
     Returns:
       `{"layers": {name: {"shape": ..., "forward": ..., "input": ..., "weight": ...}}, "ceiling": GFLOP/s}`.
     """
-    backend.configure_cpu()
     precision = PRECISIONS[recipe.compute_dtype]
     model = recipe.model(num_classes, recipe.compute_dtype)
     images = jax.ShapeDtypeStruct((recipe.batch_size, 32, 32, 3), jnp.float32)
@@ -122,6 +120,8 @@ def main() -> None:
     path = Path(task["path"])
     declared = experiments.resolve((task["experiment"] if path.parent == folder else str(path),), folder)
     [experiment] = (e for e in declared if e.recipe.name == task["experiment"])
+    if task["kind"] != "torch":
+        backend.configure()  # before TensorFlow may be imported to read data
     dataset, info = load_data(task["data"], limit_train=task["limit_train"])
     recipe, num_classes = change(experiment.recipe, task["set"], None, task["width"], task["dtype"]), len(info.classes)
     if task["kind"] == "layers":

@@ -89,8 +89,8 @@ def load_data(source: str, limit_train: int | None) -> LoadedData:
     Raises:
       DataError: it cannot be read.
     """
+    jax.devices()  # before tensorflow-datasets may import TensorFlow, which would take the memory of a GPU
     dataset, info = load.load_data(source, limit_train=limit_train)
-    jax.devices()  # starts the device, which is not part of the transfer
     began = time.perf_counter()
     dataset = jax.block_until_ready(jax.device_put(dataset))
     return LoadedData(dataset, info, time.perf_counter() - began)

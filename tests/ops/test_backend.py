@@ -142,7 +142,7 @@ def test_no_attempt_to_cache_what_cannot_be_cached(tmp_path):
     program = (
         "import jax, jax.numpy as jnp\n"
         "from fastcifar_jax.ops import backend, conv\n"
-        "backend.configure_cpu()\n"
+        "backend.configure()\n"
         "jax.jit(conv.conv)(jnp.ones((2, 4, 4, 3)), jnp.ones((3, 3, 3, 5))).block_until_ready()\n"
     )
     cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
