@@ -81,7 +81,7 @@ def gpu_lines() -> Iterator[tuple[str, str]]:
 def gpu_text(gpus: list[devices.Gpu]) -> str:
     """The GPUs of this machine; all have the driver of the first."""
     if not gpus:
-        return "none seen: nvidia-smi lists none, and there are no files /dev/nvidia*"
+        return "no NVIDIA GPU: nvidia-smi lists none, and there are no files /dev/nvidia*"
     names = ", ".join(f"{count} x {name}" for name, count in Counter(gpu.name for gpu in gpus).items())
     return f"{names}; driver {gpus[0].driver or 'unknown'}, compute capability {gpus[0].capability or 'unknown'}"
 

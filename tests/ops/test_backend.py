@@ -149,6 +149,62 @@ def test_no_attempt_to_cache_what_cannot_be_cached(tmp_path):
     assert python(program, **cache) == ""
 
 
+@pytest.fixture
+def compilation_cache(monkeypatch, tmp_path):
+    """The user's cache folder; JAX's settings are put back afterwards."""
+    names = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs", "jax_enable_compilation_cache"
+    before = {name: getattr(jax.config, name) for name in names}
+    for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    jax.config.update("jax_compilation_cache_dir", None)
+    yield tmp_path
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.mark.parametrize(("platform", "kept"), [("gpu", True), ("tpu", True), ("cpu", False)])
+def test_an_accelerator_keeps_compiled_programs(monkeypatch, compilation_cache, platform, kept):
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    monkeypatch.setattr(backend, "keep_freed_memory", lambda: None)
+    monkeypatch.setenv("FASTCIFAR_CONV", "lax")
+    backend.configure()
+    folder = compilation_cache / "fastcifar_jax" / "compiled"
+    assert jax.config.jax_compilation_cache_dir == (str(folder) if kept else None)
+    assert folder.exists() == kept
+    assert jax.config.jax_persistent_cache_min_compile_time_secs == (backend.COMPILE_SECONDS if kept else 1.0)
+
+
+def test_a_chosen_cache_stays(monkeypatch, compilation_cache):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")  # JAX reads it when it is imported; "" turns the cache off
+    backend.keep_compiled_programs()
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    assert jax.config.jax_compilation_cache_dir is None
+    jax.config.update("jax_compilation_cache_dir", "chosen")
+    backend.keep_compiled_programs()
+    assert jax.config.jax_compilation_cache_dir == "chosen" and list(compilation_cache.iterdir()) == []
+
+
+def test_a_cache_for_programs_that_cannot_be_written_is_a_warning(compilation_cache, caplog):
+    (compilation_cache / "fastcifar_jax").write_text("")
+    backend.keep_compiled_programs()
+    assert jax.config.jax_compilation_cache_dir is None
+    [record] = caplog.records
+    assert record.name == "fastcifar_jax" and record.levelname == "WARNING"
+    assert "compiled programs are not kept" in record.message and str(compilation_cache) in record.message
+
+
+def test_compiled_programs_are_kept(tmp_path):
+    program = (
+        "import jax\n"
+        "from fastcifar_jax.ops import backend\n"
+        "backend.keep_compiled_programs()\n"
+        "jax.jit(lambda x: x + 1)(1.0).block_until_ready()\n"
+    )
+    python(program, XDG_CACHE_HOME=str(tmp_path), JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0")
+    assert list((tmp_path / "fastcifar_jax" / "compiled").glob("jit__lambda*"))
+
+
 ON_A_MESH = """
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P

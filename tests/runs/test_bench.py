@@ -70,11 +70,3 @@ def test_bench_command_measures_and_writes_json(tmp_path, capsys, monkeypatch):
     assert set(found["layers"]["layer1/block"]) == {"shape", *bench.PASSES}
     assert found["layers"]["layer1/block"]["shape"] == "3x3 2->4 @32"
     assert "images/s" in capsys.readouterr().out
-
-
-def test_doctor(capsys):
-    with pytest.raises(SystemExit) as ended:
-        cli.main(["doctor"])
-    text = capsys.readouterr().out
-    assert ended.value.code == 0
-    assert "convolutions: lax" in text or "convolutions: onednn" in text

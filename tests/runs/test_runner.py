@@ -10,9 +10,11 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import pytest
 
-from fastcifar_jax.runs import records
+from fastcifar_jax.data import load
+from fastcifar_jax.runs import records, runner
 from tests.helpers_runs import ARGUMENTS, leftovers, raises, records_of
 
 resource = pytest.importorskip("resource", reason="needs the limits of POSIX")
@@ -48,6 +50,15 @@ def small_disk(six_epochs):
     mount("-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder))
     yield folder
     subprocess.run(["umount", folder], check=True)
+
+
+def test_jax_starts_before_data_are_loaded(monkeypatch, loaded):
+    """TensorFlow, which tensorflow-datasets may import, would take the memory of a GPU."""
+    order, devices, load_data = [], jax.devices, load.load_data
+    monkeypatch.setattr(jax, "devices", lambda *args: order.append("devices") or devices(*args))
+    monkeypatch.setattr(load, "load_data", lambda *args, **options: order.append("data") or load_data(*args, **options))
+    runner.load_data("cifar10", None)
+    assert order[:2] == ["devices", "data"]
 
 
 def test_full_disk(six_epochs, call):
