@@ -42,15 +42,31 @@ class Celu:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _celu(x, alpha):
     # Not expm1, which costs XLA:CPU four times as much as exp; the digits lost near 0 are rounding at the size of 1.
-    return jnp.maximum(x, 0) + alpha * (jnp.exp(jnp.minimum(x, 0) * (1 / alpha)) - 1)
+    wide = _at_least_float32(x)
+    return (jnp.maximum(wide, 0) + alpha * (jnp.exp(jnp.minimum(wide, 0) * (1 / alpha)) - 1)).astype(x.dtype)
 
 
-def _celu_gradient(alpha, y, cotangent):
-    """From the value, which is kept anyway: the slope is exp(x / alpha) = y / alpha + 1 below 0 and 1 above."""
-    return (cotangent * (jnp.minimum(y, 0) * (1 / alpha) + 1),)
+def _celu_gradient(alpha, residuals, cotangent):
+    """The slope is exp(x / alpha) = y / alpha + 1 below 0 and 1 above."""
+
+    def from_value(x, y, cotangent):
+        del x
+        return cotangent * (jnp.minimum(y, 0) * (1 / alpha) + 1)
+
+    def from_input(x, y, cotangent):
+        del y
+        slope = jnp.exp(jnp.minimum(_at_least_float32(x), 0) * (1 / alpha))
+        return (cotangent.astype(slope.dtype) * slope).astype(cotangent.dtype)
+
+    return (_on_cpu_or_elsewhere(from_value, from_input, *residuals, cotangent),)
 
 
-_celu.defvjp(lambda x, alpha: (_celu(x, alpha),) * 2, _celu_gradient)
+def _celu_and_residuals(x, alpha):
+    y = _celu(x, alpha)
+    return y, (x, y)
+
+
+_celu.defvjp(_celu_and_residuals, _celu_gradient)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,15 +84,39 @@ def _gelu(x):
 
 
 def _gelu_and_slope(x):
-    """The value, and the slope `Phi(x) + x * phi(x)`, which is kept in place of `x`.
+    """The value, and the slope `Phi(x) + x * phi(x)`.
 
     `jax.nn.gelu` uses erfc, of which XLA:CPU computes both branches, and again for the gradient: a step of airbench94
     took 0.97 s with it and takes 0.93 s with this.
     """
-    half = jnp.asarray(0.5, x.dtype)
-    phi = half + half * lax.erf(x * math.sqrt(0.5))
-    density = jnp.exp(-half * jnp.square(x)) * (1 / math.sqrt(2 * math.pi))
-    return x * phi, phi + x * density
+    wide = _at_least_float32(x)
+    phi = 0.5 + 0.5 * lax.erf(wide * math.sqrt(0.5))
+    density = jnp.exp(-0.5 * jnp.square(wide)) * (1 / math.sqrt(2 * math.pi))
+    return (wide * phi).astype(x.dtype), (phi + wide * density).astype(x.dtype)
 
 
-_gelu.defvjp(_gelu_and_slope, lambda slope, cotangent: (cotangent * slope,))
+def _gelu_and_residuals(x):
+    y, slope = _gelu_and_slope(x)
+    return y, (x, slope)
+
+
+def _gelu_gradient(residuals, cotangent):
+    from_slope = lambda x, slope, cotangent: cotangent * slope
+    from_input = lambda x, slope, cotangent: cotangent * _gelu_and_slope(x)[1]
+    return (_on_cpu_or_elsewhere(from_slope, from_input, *residuals, cotangent),)
+
+
+_gelu.defvjp(_gelu_and_residuals, _gelu_gradient)
+
+
+def _at_least_float32(x):
+    return x.astype(jnp.float32) if x.dtype.itemsize < 4 else x
+
+
+def _on_cpu_or_elsewhere(cpu, elsewhere, *residuals):
+    """A gradient from what was computed in the forward pass on CPUs, and from the input, computed again, elsewhere.
+
+    An accelerator computes faster than it reads: XLA then keeps neither the slope nor the input of an activation, but
+    computes both from the norm's input, which is read anyway. Residuals that a platform does not use cost nothing.
+    """
+    return lax.platform_dependent(*residuals, cpu=cpu, default=elsewhere)

@@ -118,7 +118,8 @@ class _Unit(nn.Module):
     @nn.compact
     def __call__(self, x, train):
         kernel_init = dirac if self.config.dirac else torch_uniform
-        x = Conv(self.features, 3, self.precision, kernel_init, name="conv")(x)
+        pool = (2, 2) if self.pool else (1, 1)
+        x = Conv(self.features, 3, self.precision, kernel_init, pool, name="conv")(x)
         if self.pool:
             x = MaxPool(name="pool")(x)
         return GhostBatchNorm(self.config.norm, self.precision, name="norm")(x, train)

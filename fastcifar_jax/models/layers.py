@@ -141,20 +141,23 @@ class Conv(nn.Module):
       size: height and width of the kernel.
       precision: of weights and operands.
       kernel_init: Linen initialiser of HWIO kernels.
+      pool: size of the windows of a max-pool that follows directly; see `ops.conv`.
     """
 
     features: int
     size: int
     precision: Precision
     kernel_init: Callable[..., Array] = torch_uniform
+    pool: tuple[int, int] = (1, 1)
 
     @nn.compact
     def __call__(self, x):
         """Maps in the dtype of `x`."""
         shape = (self.size, self.size, x.shape[-1], self.features)
         kernel = self.param("kernel", self.kernel_init, shape, self.precision.params)
-        self.sow("macs", "macs", x.shape[1] * x.shape[2] * kernel.size)
-        return conv(x, kernel, self.precision.operands)
+        y = conv(x, kernel, self.precision.operands, pool=self.pool)
+        self.sow("macs", "macs", y.shape[1] * y.shape[2] * kernel.size)
+        return y
 
 
 class Activation(nn.Module):
@@ -219,9 +222,9 @@ class GhostBatchNorm(nn.Module):
         if batch % groups:
             raise ValueError(f"a batch of {batch} images is not {groups} equal ghost groups; change batch_size")
         if self.pool and height % self.pool[0] == 0 and width % self.pool[1] == 0:
-            y, mean, var = normalize_groups_and_pool(x, scale, bias, groups, config.eps, self.pool)
+            y, mean, var = normalize_groups_and_pool(x, scale, bias, running_mean.value, groups, config.eps, self.pool)
         else:
-            y, mean, var = normalize_groups(x, scale, bias, groups, config.eps)
+            y, mean, var = normalize_groups(x, scale, bias, running_mean.value, groups, config.eps)
             y = max_pool(y, self.pool) if self.pool else y
         size = batch // groups * height * width
         keep, unbiased = config.momentum, size / max(size - 1, 1)
@@ -238,4 +241,4 @@ def linear_head(
     kernel = module.param("linear", init, (x.shape[-1], num_classes), precision.params)
     module.sow("macs", "linear", kernel.size)
     operands = (x.astype(precision.operands), kernel.astype(precision.operands))
-    return jnp.dot(*operands, preferred_element_type=precision.activations).astype(precision.params)
+    return jnp.dot(*operands, preferred_element_type=precision.params)

@@ -14,9 +14,9 @@ PerChannel = Float[Array, " channels"]
 Statistics = Float[Array, "groups channels"]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def normalize_groups(
-    x: Images, scale: PerChannel, bias: PerChannel, num_groups: int, eps: float
+    x: Images, scale: PerChannel, bias: PerChannel, shift: Statistics, num_groups: int, eps: float
 ) -> tuple[Images, Statistics, Statistics]:
     """Batch norm in training mode; image n belongs to ghost group `n % num_groups`.
 
@@ -27,6 +27,8 @@ def normalize_groups(
       x: NHWC; computed in the dtype of `scale`. The batch is a multiple of `num_groups`.
       scale: factor of the normalised maps.
       bias: added to them.
+      shift: an estimate of the groups' means, such as the running means. Both statistics are then sums of one pass, of
+        `x - shift` and its square, in which nothing cancels if the estimate is off by some deviations only.
       num_groups: ghost groups per batch.
       eps: added to the variances.
 
@@ -34,12 +36,18 @@ def normalize_groups(
       The maps in `x.dtype`, and the means and biased variances of the groups. No gradient flows through the
       statistics: they are for the running averages.
     """
-    return _normalize_and_residuals(x, scale, bias, num_groups, eps)[0]
+    return _normalize_and_residuals(x, scale, bias, shift, num_groups, eps)[0]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def normalize_groups_and_pool(
-    x: Images, scale: PerChannel, bias: PerChannel, num_groups: int, eps: float, size: tuple[int, int]
+    x: Images,
+    scale: PerChannel,
+    bias: PerChannel,
+    shift: Statistics,
+    num_groups: int,
+    eps: float,
+    size: tuple[int, int],
 ) -> tuple[Images, Statistics, Statistics]:
     """`max_pool` of `normalize_groups`, bit for bit, without a gradient of the pool at the size of the maps.
 
@@ -50,7 +58,7 @@ def normalize_groups_and_pool(
     Returns:
       The pooled maps in `x.dtype`, and the means and biased variances of the groups before the pool.
     """
-    return _pooled_and_residuals(x, scale, bias, num_groups, eps, size)[0]
+    return _pooled_and_residuals(x, scale, bias, shift, num_groups, eps, size)[0]
 
 
 def normalize(
@@ -62,12 +70,11 @@ def normalize(
     return ((x.astype(scale.dtype) - mean) * weight + bias).astype(x.dtype)
 
 
-def _normalize_and_residuals(x, scale, bias, num_groups, eps):
+def _normalize_and_residuals(x, scale, bias, shift, num_groups, eps):
     maps = x.astype(scale.dtype)
-    size = maps.size // (num_groups * maps.shape[-1])
-    mean = _sums(maps, num_groups) / size
-    # E[x^2] - E[x]^2 would lose digits.
-    variance = _sums(jnp.square(maps - _over_maps(mean, maps)), num_groups) / size
+    shifted = maps - _over_maps(shift, maps)
+    offset, square = _sums(num_groups, shifted, jnp.square(shifted)) / (maps.size // (num_groups * maps.shape[-1]))
+    mean, variance = shift + offset, jnp.maximum(square - jnp.square(offset), 0)
     inverse = lax.rsqrt(variance + eps)
     weight = inverse * scale[None, :]
     y = _affine(maps, weight, bias[None, :] - mean * weight)
@@ -79,14 +86,14 @@ def _gradients(num_groups, eps, residuals, cotangents):
     x, *rest = residuals
     maps, cotangent = (a.astype(rest[0].dtype) for a in (x, cotangents[0]))
     to_x, *others = _gradients_of_maps(maps, cotangent, cotangent, num_groups, *rest)
-    return to_x.astype(x.dtype), *others
+    return to_x.astype(x.dtype), *others, jnp.zeros_like(rest[1])
 
 
 normalize_groups.defvjp(_normalize_and_residuals, _gradients)
 
 
-def _pooled_and_residuals(x, scale, bias, num_groups, eps, size):
-    (y, mean, variance), residuals = _normalize_and_residuals(x, scale, bias, num_groups, eps)
+def _pooled_and_residuals(x, scale, bias, shift, num_groups, eps, size):
+    (y, mean, variance), residuals = _normalize_and_residuals(x, scale, bias, shift, num_groups, eps)
     pooled, first = max_pool_with_argmax(y, size)
     return (pooled, mean, variance), (*residuals, first)
 
@@ -98,7 +105,7 @@ def _gradients_through_pool(num_groups, eps, size, residuals, cotangents):
     scattered = scatter_to_argmax(first, cotangent, size)
     maps = x.astype(rest[0].dtype).reshape(scattered.shape)
     to_x, *others = _gradients_of_maps(maps, scattered, cotangent, num_groups, *rest)
-    return to_x.reshape(x.shape).astype(x.dtype), *others
+    return to_x.reshape(x.shape).astype(x.dtype), *others, jnp.zeros_like(rest[1])
 
 
 normalize_groups_and_pool.defvjp(_pooled_and_residuals, _gradients_through_pool)
@@ -116,8 +123,8 @@ def _gradients_of_maps(maps, cotangent, dense_cotangent, num_groups, scale, mean
       mean: per group and channel.
       inverse: 1 / standard deviation, per group and channel.
     """
-    total = _sums(dense_cotangent, num_groups)
-    moment = _sums(cotangent * (maps - _over_maps(mean, maps)), num_groups) * inverse
+    total, moment = _sums(num_groups, dense_cotangent, cotangent * (maps - _over_maps(mean, maps)))
+    moment = moment * inverse
     size, weight = maps.size // (num_groups * maps.shape[-1]), inverse * scale[None, :]
     # weight * (cotangent - total / size - normalised * moment / size), gathered into one factor per array
     of_x = weight * inverse * moment / size
@@ -129,10 +136,10 @@ def _gradients_of_maps(maps, cotangent, dense_cotangent, num_groups, scale, mean
 # reshape again in each loop that uses it, with divisions in its indices.
 
 
-def _sums(maps, num_groups):
-    """[batch, ..., channels] -> [groups, channels]."""
-    per_image = maps.sum(range(1, maps.ndim - 1))
-    return per_image.reshape(-1, num_groups, maps.shape[-1]).sum(0)
+def _sums(num_groups, *arrays):
+    """Arrays [batch, ..., channels] -> [array, groups, channels]."""
+    per_image = jnp.stack([maps.sum(range(1, maps.ndim - 1)) for maps in arrays])
+    return per_image.reshape(len(arrays), -1, num_groups, per_image.shape[-1]).sum(1)
 
 
 def _over_maps(statistics, maps):

@@ -19,7 +19,11 @@ from fastcifar_jax.types import Images
 
 
 def conv(
-    x: Images, kernel: Kernel, operand_dtype: DTypeLike | None = None, padding: Literal["SAME", "VALID"] = "SAME"
+    x: Images,
+    kernel: Kernel,
+    operand_dtype: DTypeLike | None = None,
+    padding: Literal["SAME", "VALID"] = "SAME",
+    pool: tuple[int, int] = (1, 1),
 ) -> Images:
     """Cross-correlation with stride 1.
 
@@ -28,20 +32,24 @@ def conv(
       kernel: HWIO, in any dtype.
       operand_dtype: dtype that both operands are cast to; `x.dtype` when None. The result has `x.dtype`.
       padding: "SAME" pads with zeros to the size of `x`; "VALID" does not pad.
+      pool: size of the windows of a pooling that follows. The last rows and columns, which fill no window, are left
+        out, as far as padding with fewer zeros leaves them out.
 
     Raises:
       ValueError: the kernel is larger than the maps.
     """
     dtype = jnp.dtype(x.dtype if operand_dtype is None else operand_dtype)
-    size = kernel.shape[:2]
-    margin = (size[0] // 2, size[1] // 2) if padding == "SAME" else (0, 0)
-    if padding == "SAME" and not (size[0] % 2 and size[1] % 2):  # lax pads more at the end for an even kernel
-        x = jnp.pad(x, ((0, 0), *(((taps - 1) // 2, taps // 2) for taps in size), (0, 0)))
-        margin = (0, 0)
-    if any(side + 2 * edge < taps for side, edge, taps in zip(x.shape[1:3], margin, size, strict=True)):
-        raise ValueError(f"a kernel of {size[0]}x{size[1]} does not fit into maps of {x.shape[1]}x{x.shape[2]}")
+    size, (height, width) = x.shape[1:3], kernel.shape[:2]
+    margin: Padding = ((0, 0), (0, 0))
+    if padding == "SAME":  # lax pads more at the end for an even kernel
+        before, after = ((height - 1) // 2, (width - 1) // 2), (height // 2, width // 2)
+        rest = (side % window for side, window in zip(size, pool, strict=True))
+        rows, columns = (a - drop if drop <= a else a for a, drop in zip(after, rest, strict=True))
+        margin = ((before[0], rows), (before[1], columns))
+    if size[0] + sum(margin[0]) < height or size[1] + sum(margin[1]) < width:
+        raise ValueError(f"a kernel of {height}x{width} does not fit into maps of {size[0]}x{size[1]}")
     use_onednn = onednn.supports(x, kernel, dtype) and conv_backend()[0] == "onednn"
-    if use_onednn or dtype != x.dtype:
+    if use_onednn or dtype != x.dtype or dtype.itemsize == 2:
         return _conv(x, kernel, margin, dtype, use_onednn)
     return lax_conv.conv(x, kernel.astype(dtype), margin)
 
@@ -53,21 +61,20 @@ def conv(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def _conv(x: Images, kernel: Kernel, padding: Padding, dtype: jnp.dtype, use_onednn: bool) -> Images:
     """The convolution in `x.dtype`, from operands in `dtype`."""
-    operands = (x.astype(dtype), kernel.astype(dtype))
-    return _on_platform(lax_conv.conv, onednn.conv, use_onednn, *operands, padding=padding, out_dtype=x.dtype)
+    by_lax, by_onednn = (functools.partial(f, padding=padding, out_dtype=x.dtype) for f in (lax_conv.conv, onednn.conv))
+    return _on_platform(by_onednn if use_onednn else by_lax, by_lax, x.astype(dtype), kernel.astype(dtype))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def _weight_gradient(x: Images, cotangent: Images, padding: Padding, dtype: jnp.dtype, use_onednn: bool) -> Kernel:
     """The gradient with respect to the kernel, in float32, from operands in `dtype`."""
-    operands = (x.astype(dtype), cotangent.astype(dtype))
-    return _on_platform(lax_conv.weight_gradient, onednn.weight_gradient, use_onednn, *operands, padding=padding)
+    by_lax, by_onednn = (functools.partial(f.weight_gradient, padding=padding) for f in (lax_conv, onednn))
+    return _on_platform(by_onednn if use_onednn else by_lax, by_lax, x.astype(dtype), cotangent.astype(dtype))
 
 
-def _on_platform(by_lax, by_onednn, use_onednn, *operands, **options):
-    """oneDNN on CPUs and `lax` elsewhere, decided when a program is lowered: it may be exported for both."""
-    by_lax, by_onednn = (functools.partial(f, **options) for f in (by_lax, by_onednn))
-    return lax.platform_dependent(*operands, cpu=by_onednn, default=by_lax) if use_onednn else by_lax(*operands)
+def _on_platform(on_cpu, elsewhere, *operands):
+    """One of two functions, chosen when a program is lowered: it may be exported for both."""
+    return lax.platform_dependent(*operands, cpu=on_cpu, default=elsewhere)
 
 
 def _conv_and_residuals(x, kernel, padding, dtype, use_onednn):
@@ -75,10 +82,18 @@ def _conv_and_residuals(x, kernel, padding, dtype, use_onednn):
 
 
 def _gradients_of_conv(padding, dtype, use_onednn, residuals, cotangent):
-    x, kernel = residuals
-    to_x = _conv(cotangent, _transposed_kernel(kernel), _transposed_padding(kernel, padding), dtype, use_onednn)
-    to_kernel = _weight_gradient(x, cotangent, padding, dtype, use_onednn)
-    return to_x, to_kernel.astype(kernel.dtype)
+    def on_cpu(x, kernel, cotangent):
+        to_x = _conv(cotangent, _transposed_kernel(kernel), _transposed_padding(kernel, padding), dtype, use_onednn)
+        return to_x, _weight_gradient(x, cotangent, padding, dtype, use_onednn).astype(kernel.dtype)
+
+    def elsewhere(x, kernel, cotangent):
+        # JAX's own gradients, which XLA knows as cuDNN's. Those of the kernel are added in float32 and rounded to the
+        # operands' dtype; for a float32 result XLA would convert the operands first, and multiply in float32.
+        _, vjp = jax.vjp(lambda x, kernel: lax_conv.conv(x, kernel.astype(dtype), padding), x, kernel)
+        to_x, to_kernel = vjp(cotangent.astype(dtype))
+        return to_x.astype(cotangent.dtype), to_kernel
+
+    return _on_platform(on_cpu, elsewhere, *residuals, cotangent)
 
 
 _conv.defvjp(_conv_and_residuals, _gradients_of_conv)
@@ -104,4 +119,6 @@ def _transposed_kernel(kernel):
 
 
 def _transposed_padding(kernel, padding):
-    return tuple(taps - 1 - edge for taps, edge in zip(kernel.shape[:2], padding, strict=True))
+    return tuple(
+        (taps - 1 - before, taps - 1 - after) for taps, (before, after) in zip(kernel.shape[:2], padding, strict=True)
+    )

@@ -7,18 +7,20 @@ from jaxtyping import Array, DTypeLike, Float
 from fastcifar_jax.types import Images
 
 Kernel = Float[Array, "height width inputs outputs"]
-Padding = tuple[int, int]  # zeros above and below, and left and right
+Padding = tuple[tuple[int, int], tuple[int, int]]  # zeros (above, below) and (left, right)
 
 
 def conv(x: Images, kernel: Kernel, padding: Padding, out_dtype: DTypeLike | None = None) -> Images:
     """The output, in `out_dtype`; in the operands' dtype when None."""
-    layout, both = ("NHWC", "HWIO", "NHWC"), [(edge, edge) for edge in padding]
-    return lax.conv_general_dilated(x, kernel, (1, 1), both, dimension_numbers=layout, preferred_element_type=out_dtype)
+    layout = ("NHWC", "HWIO", "NHWC")
+    return lax.conv_general_dilated(
+        x, kernel, (1, 1), padding, dimension_numbers=layout, preferred_element_type=out_dtype
+    )
 
 
 def weight_gradient(x: Images, cotangent: Images, padding: Padding) -> Kernel:
     """The gradient with respect to the kernel, in float32: sums over images as if they were input features."""
-    layout, both = ("CHWN", "IHWO", "HWNC"), [(edge, edge) for edge in padding]
+    layout = ("CHWN", "IHWO", "HWNC")
     return lax.conv_general_dilated(
-        x, cotangent, (1, 1), both, dimension_numbers=layout, preferred_element_type=jnp.float32
+        x, cotangent, (1, 1), padding, dimension_numbers=layout, preferred_element_type=jnp.float32
     )

@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, UInt8
 
 from fastcifar_jax.types import Images
@@ -32,7 +33,8 @@ def max_pool_with_argmax(
     argmax = jnp.full(y.shape, last[0], jnp.uint8)
     for i, element in reversed(others):
         argmax = jnp.where(element == y, jnp.uint8(i), argmax)
-    return y, argmax
+    # XLA would compute the index again in the gradient, from maps four times as large as the result.
+    return lax.optimization_barrier((y, argmax))
 
 
 def scatter_to_argmax(

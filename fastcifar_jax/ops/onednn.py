@@ -38,15 +38,15 @@ def supports(x: Images, kernel: Kernel, operand_dtype: jnp.dtype) -> bool:
 def conv(x: Images, kernel: Kernel, padding: Padding, out_dtype: DTypeLike) -> Images:
     """The output, in `out_dtype`."""
     (batch, rows, columns, _), (height, width, _, features) = x.shape, kernel.shape
-    group, gap = math.gcd(batch, _SIDE_BY_SIDE), padding[1]
-    narrow = columns <= _NARROW and group > 1 and width == 2 * gap + 1
+    group, gap = math.gcd(batch, _SIDE_BY_SIDE), padding[1][0]
+    narrow = columns <= _NARROW and group > 1 and padding[1] == (gap, gap) and width == 2 * gap + 1
     if narrow:
         # oneDNN takes several pixels of one row at a time; rows of four would leave most of a matrix unit idle.
         # Columns of zeros keep the images apart.
         x = x.reshape(batch // group, group, rows, columns, -1).swapaxes(1, 2)
         x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, gap), (0, 0)))
         x = x.reshape(batch // group, rows, group * (columns + gap), -1)
-    sides = (x.shape[1] + 2 * padding[0] - height + 1, x.shape[2] + 2 * padding[1] - width + 1)
+    sides = (x.shape[1] + sum(padding[0]) - height + 1, x.shape[2] + sum(padding[1]) - width + 1)
     out = jax.ShapeDtypeStruct((x.shape[0], *sides, features), out_dtype)
     y = _call(x, kernel, out, (0, 3, 1, 2), (2, 3, 0, 1), (height, width), padding)
     if narrow:
@@ -67,11 +67,11 @@ def weight_gradient(x: Images, cotangent: Images, padding: Padding) -> Kernel:
 def _weight_gradient_of_chunk(x, cotangent, padding):
     (_, rows, columns, inputs), (_, *window, outputs) = x.shape, cotangent.shape
     sides = (rows, columns)
-    height, width = (side + 2 * edge - taps + 1 for side, edge, taps in zip(sides, padding, window, strict=True))
+    height, width = (side + sum(edges) - taps + 1 for side, edges, taps in zip(sides, padding, window, strict=True))
     axes = (0, 4, 1, 2, 3)
     out = jax.ShapeDtypeStruct((1, height, width, inputs, outputs), jnp.float32)
     volume, kernel = x.transpose(1, 2, 3, 0)[None], cotangent[:, :, :, None]
-    return _call(volume, kernel, out, axes, axes, (*window, 1), (*padding, 0))[0]
+    return _call(volume, kernel, out, axes, axes, (*window, 1), (*padding, (0, 0)))[0]
 
 
 def _call(x, kernel, out, axes, kernel_axes, window, padding):
@@ -84,14 +84,14 @@ def _call(x, kernel, out, axes, kernel_axes, window, padding):
       axes: those of `x` and `out` that are batch, features, and space.
       kernel_axes: those of `kernel` that are input features, output features, and space.
       window: the kernel's size in space.
-      padding: zeros on both sides of each axis of space.
+      padding: zeros before and after each axis of space.
     """
     strings = lambda values: [str(value) for value in values]
     ones = strings([1] * len(window))
     data = {"batch_dim": str(axes[0]), "feature_dim": str(axes[1]), "spatial_dims": strings(axes[2:])}
     inputs, outputs, *space = strings(kernel_axes)
     filters = {"input_feature_dim": inputs, "output_feature_dim": outputs, "spatial_dims": space}
-    edges = strings(padding)
+    left, right = (strings(edges) for edges in zip(*padding, strict=True))
     dims = str(len(axes))
     config = {
         "dims": dims,
@@ -101,8 +101,8 @@ def _call(x, kernel, out, axes, kernel_axes, window, padding):
         "kernel": {"dims": dims, "filter": filters},
         "window": {
             "size": strings(window),
-            "pad_left": edges,
-            "pad_right": edges,
+            "pad_left": left,
+            "pad_right": right,
             "strides": ones,
             "window_dilations": ones,
         },

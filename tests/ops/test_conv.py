@@ -153,7 +153,7 @@ def test_gradient_of_a_gradient(each_backend):
         first = jax.grad(lambda x, kernel: jnp.sin(f(x, kernel)).sum(), argnums=(0, 1))
         return jax.grad(lambda x, kernel: sum(jnp.square(g).sum() for g in first(x, kernel)), argnums=(0, 1))(x, kernel)
 
-    by_lax = functools.partial(lax_conv.conv, padding=(1, 1))
+    by_lax = functools.partial(lax_conv.conv, padding=((1, 1), (1, 1)))
     for found, expected in zip(twice(conv), twice(by_lax), strict=True):
         close(found, expected, 1e-4)
 
@@ -173,6 +173,27 @@ def test_an_even_kernel_is_padded_as_by_lax(each_backend, size):
     x, kernel, _ = float32(2, 6, 5, 4, 3, size)
     layout = ("NHWC", "HWIO", "NHWC")
     close(conv(x, kernel), lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=layout), 1e-5)
+
+
+@pytest.mark.parametrize(("pool", "sides"), [((2, 2), (6, 8)), ((3, 2), (6, 8)), ((4, 2), (7, 8)), ((1, 1), (7, 9))])
+def test_what_a_pool_drops_is_not_computed(each_backend, pool, sides):
+    """Nothing else changes: 7 % 4 = 3 rows are more than the padding holds, and are computed."""
+    x, kernel, cotangent = float32(*SHAPES["odd sizes"])
+    cut = lambda y: y[:, : sides[0], : sides[1]]
+    found, vjp = jax.vjp(lambda x, kernel: conv(x, kernel, pool=pool), x, kernel)
+    expected, expected_vjp = jax.vjp(lambda x, kernel: cut(conv(x, kernel)), x, kernel)
+    for a, b in zip((found, *vjp(cut(cotangent))), (expected, *expected_vjp(cut(cotangent))), strict=True):
+        close(a, b, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_gradients_of_half_precision_are_added_in_float32(force, dtype):
+    """10,000 products whose sum half precision would lose: it would stop growing at 2,048 or 256."""
+    force("lax")
+    x, kernel = jnp.ones((100, 10, 10, 1), dtype), jnp.ones((1, 1, 1, 1))
+    _, vjp = jax.vjp(lambda kernel: conv(x, kernel, dtype), kernel)
+    [gradient] = vjp(jnp.ones((100, 10, 10, 1), dtype))
+    assert gradient.dtype == jnp.float32 and gradient.item() == 10_000
 
 
 def test_a_kernel_larger_than_the_maps():
