@@ -5,6 +5,7 @@ whole epoch are drawn at once, a few bytes per image; the pixels are computed pe
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -164,7 +165,8 @@ class IndependentSampling:
             jax.random.randint(key, (num_images,), 0, len(augmentation.options(height, width)))
             for key, augmentation in zip(keys, augmentations, strict=True)
         )
-        return EpochPlan(jax.random.permutation(key_order, num_images), choices)
+        [order] = permutations(key_order, [num_images])
+        return EpochPlan(order, choices)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +174,8 @@ class GroupedSampling:
     """Shuffles the images and splits them into one group per option, for each augmentation in turn (section 2.3).
 
     The groups' sizes differ by at most one, so exactly half of an even number of images are flipped. The original
-    rebuilds the whole data set for each transform; composing the permutations gives the same batches.
+    rebuilds the whole data set for each transform, shuffled each time. A shuffled permutation is a new one, independent
+    of the one before, so independent permutations give batches of the same distribution.
 
     Attributes:
       max_options: limit of the options per augmentation that are used in one epoch, drawn at random; None for all.
@@ -188,16 +191,29 @@ class GroupedSampling:
         self, key: PRNGKeyArray, augmentations: tuple[Augmentation, ...], num_images: int, height: int, width: int
     ) -> EpochPlan:
         """The plan of one epoch."""
-        key_order, *keys = jax.random.split(key, len(augmentations) + 1)
-        order = jnp.arange(num_images)
+        count = len(augmentations)
+        options = [len(augmentation.options(height, width)) for augmentation in augmentations]
+        shuffled = permutations(key, [num_images] * (count + 1) + options)
         choices = []
-        for key_transform, augmentation in zip(keys, augmentations, strict=True):
-            key_images, key_options = jax.random.split(key_transform)
-            order = order[jax.random.permutation(key_images, num_images)]
-            options = jax.random.permutation(key_options, len(augmentation.options(height, width)))[: self.max_options]
-            group = _groups(num_images, len(options))
-            choices.append(jnp.zeros(num_images, options.dtype).at[order].set(options[group], unique_indices=True))
-        return EpochPlan(order[jax.random.permutation(key_order, num_images)], tuple(choices))
+        for images, kept in zip(shuffled[1 : count + 1], shuffled[count + 1 :], strict=True):
+            kept = kept[: self.max_options]
+            group = _groups(num_images, len(kept))
+            choices.append(jnp.zeros(num_images, kept.dtype).at[images].set(kept[group], unique_indices=True))
+        return EpochPlan(shuffled[0], tuple(choices))
+
+
+def permutations(key: PRNGKeyArray, sizes: Sequence[int]) -> list[Int[Array, " size"]]:
+    """Independent uniform permutations of `range(size)` for each size, by one sort.
+
+    `jax.random.permutation` sorts twice for each of them, and XLA takes many seconds to compile a sort for a GPU. Two
+    of n keys are equal, which would favour an order, with a probability of n^2 / 2^65.
+    """
+    shape = (len(sizes), max(sizes))
+    high, low = jax.random.bits(key, (2, *shape), jnp.uint32)
+    index = lax.broadcasted_iota(jnp.int32, shape, 1)
+    outside = (index >= np.array(sizes, np.int32)[:, None]).astype(jnp.uint32)  # sorts last
+    *_, found = lax.sort((outside, high, low, index), num_keys=3)
+    return [row[:size] for row, size in zip(found, sizes, strict=True)]
 
 
 def plan_epoch(

@@ -5,7 +5,6 @@ from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Int
 
 from fastcifar_jax.types import Params
@@ -55,13 +54,9 @@ class Ema:
 
     def update(self, average: Params, variables: Params, progress: Progress) -> tuple[Params, Params]:
         """The average after a step, and the variables as they are."""
-        share = 1 - self.decay**self.every
-        average = jax.lax.cond(
-            progress.batch_index % self.every == 0,
-            lambda: optax.incremental_update(variables, average, share),
-            lambda: average,
-        )
-        return average, variables
+        # Not lax.cond: an accelerator would wait for the host to read the predicate.
+        keep = jnp.where(progress.batch_index % self.every == 0, self.decay**self.every, 1.0)
+        return jax.tree.map(lambda slow, fast: _mix(slow, fast, keep), average, variables), variables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,12 +87,13 @@ class Lookahead:
 
     def update(self, average: Params, variables: Params, progress: Progress) -> tuple[Params, Params]:
         """The slow copy after a step, and the fast one, which equals it after every `every`-th step."""
-        share = progress.step.astype(jnp.result_type(float)) / progress.num_steps
-        keep = self.decay**self.every * share**3
+        done = progress.step.astype(jnp.result_type(float)) / progress.num_steps
+        due = progress.step % self.every == 0
+        keep = jnp.where(due, self.decay**self.every * done**3, 1.0)
+        slow = jax.tree.map(lambda slow, fast: _mix(slow, fast, keep), average, variables)
+        return slow, jax.tree.map(lambda slow, fast: jnp.where(due, slow, fast), slow, variables)
 
-        def look():
-            mix = lambda slow, fast: keep.astype(slow.dtype) * slow + (1 - keep).astype(slow.dtype) * fast
-            slow = jax.tree.map(mix, average, variables)
-            return slow, slow
 
-        return jax.lax.cond(progress.step % self.every == 0, look, lambda: (average, variables))
+def _mix(slow, fast, keep):
+    """`keep * slow + (1 - keep) * fast`; exactly `slow` if `keep` is 1, where `fast` is finite."""
+    return keep.astype(slow.dtype) * slow + (1 - keep).astype(slow.dtype) * fast

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
@@ -14,40 +15,50 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # a, b and c below
 
 
 def orthogonalize(
-    matrix: Float[Array, "rows columns"], steps: int = 3, eps: float = 1e-7, dtype: jnp.dtype | None = jnp.bfloat16
-) -> Float[Array, "rows columns"]:
+    matrix: Float[Array, "*batch rows columns"],
+    steps: int = 3,
+    eps: float = 1e-7,
+    dtype: jnp.dtype | None = jnp.bfloat16,
+) -> Float[Array, "*batch rows columns"]:
     """Newton-Schulz: singular values to roughly 0.5 .. 1.5, singular vectors kept (airbench.md, section 6).
 
     In `optax.contrib` the iteration is a private part of an optimiser with a different momentum.
 
     Args:
-      matrix: of any shape.
+      matrix: or several of one shape.
       steps: of the iteration `X <- a X + (b A + c A A) X` with `A = X X^T`, on the wide side.
       eps: added to the Frobenius norm that the matrix is divided by.
       dtype: of the products; that of the matrix when None.
 
     Returns:
-      A matrix in the dtype of `matrix`.
+      Matrices in the dtype of `matrix`.
     """
     a, b, c = NEWTON_SCHULZ
     x = matrix if dtype is None else matrix.astype(dtype)
-    x = x / (jnp.linalg.norm(x) + eps)
-    tall = x.shape[0] > x.shape[1]
-    x = x.T if tall else x
+    x = x / (jnp.linalg.norm(x, axis=(-2, -1), keepdims=True) + eps)
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
     for _ in range(steps):
-        square = x @ x.T
+        square = x @ x.mT
         x = a * x + (b * square + c * square @ square) @ x
-    return (x.T if tall else x).astype(matrix.dtype)
+    return (x.mT if tall else x).astype(matrix.dtype)
 
 
 def orthogonalize_kernels(steps: int = 3, dtype: jnp.dtype | None = jnp.bfloat16) -> optax.GradientTransformation:
-    """`orthogonalize` for HWIO kernels, as matrices with one row per output channel."""
+    """`orthogonalize` for HWIO kernels, as matrices with one row per output channel; those of one shape together."""
 
-    def one(update):
-        rows = update.reshape(-1, update.shape[-1]).T
-        return orthogonalize(rows, steps, dtype=dtype).T.reshape(update.shape)
+    def update(updates, params):
+        del params
+        leaves, structure = jax.tree.flatten(updates)
+        found = dict.fromkeys(range(len(leaves)))
+        for shape in dict.fromkeys(leaf.shape for leaf in leaves):
+            same = [i for i, leaf in enumerate(leaves) if leaf.shape == shape]
+            rows = jnp.stack([leaves[i].reshape(-1, shape[-1]).T for i in same])
+            found |= zip(same, orthogonalize(rows, steps, dtype=dtype), strict=True)
+        kernels = (found[i].T.reshape(leaf.shape) for i, leaf in enumerate(leaves))
+        return jax.tree.unflatten(structure, kernels)
 
-    return optax.stateless_with_tree_map(lambda update, _: one(update))
+    return optax.stateless(update)
 
 
 def renormalize_kernels() -> optax.GradientTransformation:

@@ -35,8 +35,14 @@ def piecewise_linear(knots: tuple[float, ...], values: tuple[float, ...]) -> Sch
         raise ValueError(f"schedule knots {shown} (in epochs) must increase; train for more epochs or move the knots")
 
     def schedule(time):
+        # Not jnp.interp, whose search is a loop, for which an accelerator waits for the host.
         time = jnp.asarray(time)
-        return jnp.interp(time, jnp.asarray(knots, time.dtype), jnp.asarray(values, time.dtype))
+        xs, ys = jnp.asarray(knots, time.dtype), jnp.asarray(values, time.dtype)
+        y = jnp.full_like(time, ys[-1])
+        for i in reversed(range(len(knots) - 1)):
+            rise = (ys[i + 1] - ys[i]) / (xs[i + 1] - xs[i])
+            y = jnp.where(time < xs[i + 1], ys[i] + rise * (time - xs[i]), y)
+        return jnp.where(time < xs[0], ys[0], y)
 
     return schedule
 

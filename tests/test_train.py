@@ -94,18 +94,42 @@ def test_blocks_of_steps_change_no_number(final_run, monkeypatch):
     assert numbers(last) == numbers(snapshots[-1])
 
 
-def test_an_accelerator_gets_a_loop_with_a_known_trip_count(monkeypatch):
-    """Else the host would have to be asked in every step whether another one follows."""
-    recipe = linear()
+@pytest.mark.parametrize("recipe", [final, airbench94], ids=lambda recipe: recipe.name)
+def test_nothing_in_an_epoch_makes_an_accelerator_wait(recipe):
+    """Its trip count is known, and no loop or branch is inside: the host would have to read their predicates."""
+    recipe = linear(3, recipe=recipe)
     functions = make_functions(recipe, 4, NUM_TRAIN)
     state, plan = functions.init(KEY, DATASET), functions.plan(KEY, jnp.int32(1), DATASET)
     args = (hparams(recipe), state, train_module.zero_totals(recipe), DATASET, plan, np.int32(0))
-    text = {
-        count: jax.jit(lambda *args, count=count: functions.train_steps(*args, count)).lower(*args).compile().as_text()
-        for count in (1, 3)
-    }
-    assert '"known_trip_count":{"n":"3"}' in text[3]
-    assert '"n":"3"' not in text[1] and text[1].count(" while(") == text[3].count(" while(") - 1  # the schedule has one
+    text = jax.jit(lambda *args: functions.train_steps(*args, 3)).lower(*args).compile().as_text()
+    assert '"known_trip_count":{"n":"3"}' in text
+    assert text.count(" while(") == 1 and text.count(" conditional(") == 0
+
+
+def test_test_time_augmentation_comes_last_or_after_every_epoch(final_run):
+    _, _, snapshots = final_run
+    recipe = linear(num_epochs=2)
+    last = make_train(recipe, 4)(KEY, DATASET).epochs
+    compiled = compile_run(recipe, 4, DATASET, tta_every_epoch=True)
+    *_, every = train_epochs(recipe, 4, KEY, DATASET, compiled=compiled)
+    assert [row.tta_accuracy is None for row in last] == [True, False]
+    assert [row.tta_loss is None for row in snapshots[-1].epochs] == [True, True, False]
+    assert None not in sum(every.epochs, ())
+    for a, b in zip(numbers(every), [row._replace(train_seconds=0.0) for row in last], strict=True):
+        assert a == b._replace(tta_loss=b.tta_loss or a.tta_loss, tta_accuracy=b.tta_accuracy or a.tta_accuracy)
+
+
+def test_an_accelerator_warms_up_before_the_clock_starts(monkeypatch):
+    """An epoch that is thrown away, on the data of the run; it changes no number."""
+    recipe, taken = linear(num_epochs=2), []
+    expected = numbers(make_train(recipe, 4)(KEY, DATASET))
+    monkeypatch.setattr(backend, "step_loop", lambda: "epoch")
+    monkeypatch.setattr(train_module, "_warm_up", lambda *args, f=train_module._warm_up: taken.append(f(*args)))
+    data = jax.device_put(DATASET)
+    found = make_train(recipe, 4)
+    assert numbers(found(KEY, data)) == numbers(found(KEY, data)) == expected
+    compile_run(recipe, 4, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), DATASET))
+    assert len(taken) == 1
 
 
 def test_constants_never_change(final_run):
