@@ -14,7 +14,7 @@ from fastcifar_jax.types import Evaluation, Images, Labels, Logits, Pixels
 
 Predict = Callable[[Images], Logits]
 
-CHUNK = 500  # test images at a time
+CHUNK = 2000  # test images at a time
 
 
 class TTA(Protocol):
@@ -80,18 +80,18 @@ class SixViewTTA:
 def evaluate(
     predict: Predict,
     loss: Callable[[Logits, Labels], Logits],
-    tta: TTA,
+    tta: TTA | None,
     normalize: Callable[[Pixels], Images],
     pixels: Pixels,
     labels: Labels,
     chunk: int = CHUNK,
 ) -> Evaluation:
-    """Loss and correct answers over a test set, plain and with test-time augmentation.
+    """Loss and correct answers over a test set, plain and, if asked for, with test-time augmentation.
 
     Args:
       predict: logits of normalised images; batch norm in evaluation mode, so that chunks do not matter.
       loss: per example.
-      tta: the augmentation; its plain pass is computed once for both results.
+      tta: the augmentation, whose plain pass is computed once for both results; None leaves it out.
       normalize: of the recipe.
       pixels: the test images, neither padded nor cropped.
       labels: one per image.
@@ -100,10 +100,8 @@ def evaluate(
 
     def sums(pixels, labels):
         images = normalize(pixels)
-        plain, views = predict(images), tta(predict, images)
-        return Evaluation(
-            loss(plain, labels).sum(), num_correct(plain, labels), loss(views, labels).sum(), num_correct(views, labels)
-        )
+        score = lambda logits: (loss(logits, labels).sum(), num_correct(logits, labels))
+        return Evaluation(*score(predict(images)), *((None, None) if tta is None else score(tta(predict, images))))
 
     parts = in_chunks(sums, (pixels, labels), lambda stacked: stacked.sum(0), chunk)
     return jax.tree.map(lambda *x: sum(x), *parts)

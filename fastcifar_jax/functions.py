@@ -16,6 +16,7 @@ from fastcifar_jax.augment import EpochPlan, augment, normalize, plan_epoch
 from fastcifar_jax.evaluate import evaluate
 from fastcifar_jax.hparams import HParams, hparams, with_hparams
 from fastcifar_jax.models.base import PRECISIONS
+from fastcifar_jax.ops import backend
 from fastcifar_jax.recipe import Recipe, resolve_dtype
 from fastcifar_jax.schedules import count_steps
 from fastcifar_jax.train_step import TrainStep, make_train_step
@@ -31,6 +32,7 @@ class TrainFunctions(NamedTuple):
     train_steps: Callable[..., tuple[TrainState, StepInfo]]
     finalize_batch_stats: Callable[[TrainState, int], TrainState]  # (state, epoch), 1-based
     evaluate: Callable[[HParams, TrainState, Dataset], Evaluation]
+    evaluate_with_tta: Callable[[HParams, TrainState, Dataset], Evaluation]
 
 
 def eval_variables(state: TrainState) -> dict[str, Any]:
@@ -103,14 +105,21 @@ def make_functions(
             return step(0, (state, totals))
         return lax.fori_loop(0, num_steps, step, (state, totals))
 
-    def evaluate_state(values, state, dataset):
+    def evaluate_state(tta, values, state, dataset):
         variables = eval_variables(state)
         predict = lambda images: model.apply(variables, images, False)[0]
         loss = with_hparams(recipe, values).loss
-        return evaluate(predict, loss, recipe.tta, as_images, dataset.test_images, dataset.test_labels)
+        return evaluate(predict, loss, tta, as_images, dataset.test_images, dataset.test_labels)
 
-    finalize = functools.partial(_finalize_batch_stats, model)
-    return TrainFunctions(init, plan, train_step_with(hparams(recipe)), train_steps, finalize, evaluate_state)
+    return TrainFunctions(
+        init=init,
+        plan=plan,
+        train_step=train_step_with(hparams(recipe)),
+        train_steps=train_steps,
+        finalize_batch_stats=functools.partial(_finalize_batch_stats, model),
+        evaluate=functools.partial(evaluate_state, None),
+        evaluate_with_tta=functools.partial(evaluate_state, recipe.tta),
+    )
 
 
 def _finalize_batch_stats(model, state, epoch):
@@ -184,8 +193,7 @@ def check_trainable(recipe: Recipe, num_classes: int, dataset: Dataset) -> None:
     Raises:
       ValueError: a recipe that does not fit the data or the machine.
     """
-    if recipe.compute_dtype == "float64" and not jax.config.read("jax_enable_x64"):
-        raise ValueError("float64 needs JAX's 64-bit mode; set the environment variable JAX_ENABLE_X64=1")
+    backend.check_dtype(recipe.compute_dtype)
     functions = make_functions(recipe, num_classes, len(dataset.train_labels))
     _, number, state, totals, plan = shapes_of(functions, recipe, dataset)
     values = hparams(recipe)
@@ -196,4 +204,4 @@ def check_trainable(recipe: Recipe, num_classes: int, dataset: Dataset) -> None:
             f"a part of recipe {recipe.name!r} needs the value of a number that is traced ({', '.join(values)}): mark "
             f'its field with metadata={{"static": True}}, or use jnp.where instead of if. {error}'
         ) from error
-    jax.eval_shape(functions.evaluate, values, state, dataset)
+    jax.eval_shape(functions.evaluate_with_tta, values, state, dataset)

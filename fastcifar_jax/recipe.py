@@ -263,7 +263,7 @@ def resolve_dtype(recipe: Recipe) -> Recipe:
     """The recipe with the compute dtype "auto" replaced by the default of this machine."""
     if recipe.compute_dtype != "auto":
         return recipe
-    return dataclasses.replace(recipe, compute_dtype=backend.default_dtype())
+    return dataclasses.replace(recipe, compute_dtype=backend.default_dtype()[0])
 
 
 def _replace_at(node: Any, path: list[str], value: Any, name: str) -> Any:

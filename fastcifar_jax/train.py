@@ -4,7 +4,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -49,13 +49,13 @@ class CompiledRun(NamedTuple):
     # (epoch, hparams, dataset, plan, (state, totals), start, num_steps)
     train_steps: Callable[..., tuple[TrainState, StepInfo]]
     finalize_batch_stats: Callable[[TrainState, int], TrainState]
-    evaluate: Callable[[HParams, TrainState, Dataset], Evaluation]
+    evaluate: Callable[[int, HParams, TrainState, Dataset], Evaluation]  # after an epoch
     loop: backend.StepLoop  # what one call of train_steps runs
     steps_per_epoch: int
-    seconds: float  # spent on compiling
+    seconds: float  # spent on compiling and, on accelerators, warming up
 
 
-def compile_run(recipe: Recipe, num_classes: int, dataset: Dataset) -> CompiledRun:
+def compile_run(recipe: Recipe, num_classes: int, dataset: Dataset, *, tta_every_epoch: bool = False) -> CompiledRun:
     """Compiles everything that a run needs, ahead of its first step.
 
     Within `jax.set_mesh(mesh)` of a mesh with the axis "batch", every batch is shared by its devices.
@@ -64,6 +64,7 @@ def compile_run(recipe: Recipe, num_classes: int, dataset: Dataset) -> CompiledR
       recipe: what to run.
       num_classes: size of the logits.
       dataset: arrays or `jax.ShapeDtypeStruct`s.
+      tta_every_epoch: whether to evaluate with test-time augmentation after every epoch, not only after the last.
 
     Raises:
       ValueError: a recipe that does not fit the data.
@@ -95,23 +96,44 @@ def compile_run(recipe: Recipe, num_classes: int, dataset: Dataset) -> CompiledR
         length = {"step": 1, "block": None, "epoch": num_steps}[loop]
         return steps_program(skipped_gradients(recipe.optim, epoch), length)
 
-    for epoch, num_steps in enumerate(steps_of_epochs(recipe, steps_per_epoch), start=1):
+    steps = steps_of_epochs(recipe, steps_per_epoch)
+    for epoch, num_steps in enumerate(steps, start=1):
         program_of(epoch, num_steps)
+    tta_epochs = range(1 if tta_every_epoch else len(steps), len(steps) + 1)
+    evaluations = {
+        with_tta: jit(f).lower(values, state, dataset).compile()
+        for with_tta, f in ((False, functions.evaluate), (True, functions.evaluate_with_tta))
+        if with_tta or 1 not in tta_epochs
+    }
 
     def train_steps(epoch, values, dataset, plan, carry, start, num_steps):
         program = program_of(epoch, num_steps)
         return program(values, *carry, dataset, plan, np.int32(start), np.int32(num_steps))
 
-    return CompiledRun(
+    run = CompiledRun(
         init=jit(functions.init).lower(key, dataset).compile(),
         plan=jit(functions.plan).lower(key, number, dataset).compile(),
         train_steps=train_steps,
         finalize_batch_stats=functions.finalize_batch_stats,
-        evaluate=jit(functions.evaluate).lower(values, state, dataset).compile(),
+        evaluate=lambda epoch, *args: evaluations[epoch in tta_epochs](*args),
         loop=loop,
         steps_per_epoch=steps_per_epoch,
-        seconds=time.perf_counter() - began,
+        seconds=0.0,
     )
+    if loop == "epoch" and not copies and isinstance(dataset.train_images, jax.Array):
+        _warm_up(run, recipe, dataset)
+    return run._replace(seconds=time.perf_counter() - began)
+
+
+def _warm_up(run, recipe, dataset):
+    """An initialisation, an epoch and an evaluation that are thrown away: an accelerator loads its kernels meanwhile.
+
+    The originals warm up, too. Whole epochs, since that is what the program of an accelerator runs.
+    """
+    values, key = hparams(recipe), jax.random.key(0)
+    carry, plan = (run.init(key, dataset), zero_totals(recipe)), run.plan(key, np.int32(1), dataset)
+    state, _ = run.train_steps(1, values, dataset, plan, carry, 0, steps_of_epochs(recipe, run.steps_per_epoch)[0])
+    jax.block_until_ready(run.evaluate(1, values, state, dataset))
 
 
 def train_epochs(
@@ -162,7 +184,8 @@ def train_epochs(
         seconds = time.perf_counter() - began
         state = compiled.finalize_batch_stats(state, epoch)
         loss, accuracy = (x.item() / (num_steps * recipe.batch_size) for x in totals)
-        test = [x.item() / len(dataset.test_labels) for x in compiled.evaluate(values, state, dataset)]
+        sums = compiled.evaluate(epoch, values, state, dataset)
+        test: list[Any] = [None if x is None else x.item() / len(dataset.test_labels) for x in sums]
         rows = (*rows, EpochInfo(epoch, seconds, loss, accuracy, *test))
         if not (math.isfinite(loss) and math.isfinite(rows[-1].test_loss)):
             raise Diverged(recipe.name, rows)

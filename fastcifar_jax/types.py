@@ -47,12 +47,12 @@ class StepInfo(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """Sums over the test set, of the plain images and with test-time augmentation."""
+    """Sums over the test set, of the plain images and, if computed, with test-time augmentation."""
 
     test_loss: Float[Array, ""]
     test_correct: Int[Array, ""]
-    tta_loss: Float[Array, ""]
-    tta_correct: Int[Array, ""]
+    tta_loss: Float[Array, ""] | None
+    tta_correct: Int[Array, ""] | None
 
 
 class EpochInfo(NamedTuple):
@@ -64,8 +64,8 @@ class EpochInfo(NamedTuple):
     train_accuracy: float
     test_loss: float
     test_accuracy: float
-    tta_loss: float
-    tta_accuracy: float
+    tta_loss: float | None  # with test-time augmentation; None where it was left out, see `compile_run`
+    tta_accuracy: float | None
 
 
 class Snapshot(NamedTuple):

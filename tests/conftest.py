@@ -108,10 +108,10 @@ def compiled_runs():
 def compiled_once(monkeypatch, compiled_runs):
     """Real commands whose recipe is compiled for the first of them only."""
 
-    def compile_once(recipe, num_classes, dataset):
-        key = (program_key(recipe), num_classes, *(array.shape for array in dataset))
+    def compile_once(recipe, num_classes, dataset, **options):
+        key = (program_key(recipe), num_classes, *(array.shape for array in dataset), *options.values())
         if key not in compiled_runs:
-            compiled_runs[key] = compile_run(recipe, num_classes, dataset)
+            compiled_runs[key] = compile_run(recipe, num_classes, dataset, **options)
         return compiled_runs[key]
 
     monkeypatch.setattr(runner, "compile_run", compile_once)

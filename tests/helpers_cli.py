@@ -68,5 +68,5 @@ def fake_train_epochs(accuracy, raises, trained):
 def pretend_to_train(monkeypatch, accuracy, raises, trained):
     """Gives the runner `fake_train_epochs` and nothing to compile."""
     compiled = CompiledRun(*[None] * 5, "epoch", 1, 30.0)
-    monkeypatch.setattr(runner, "compile_run", lambda *args: compiled)
+    monkeypatch.setattr(runner, "compile_run", lambda *args, **options: compiled)
     monkeypatch.setattr(runner, "train_epochs", fake_train_epochs(accuracy, raises, trained))

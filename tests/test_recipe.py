@@ -227,7 +227,7 @@ def test_default_recipe_is_the_baseline_with_the_later_warmup():
 
 
 def test_auto_stands_for_this_machines_dtype(monkeypatch):
-    monkeypatch.setattr(recipe_module.backend, "default_dtype", lambda: "mixed")
+    monkeypatch.setattr(recipe_module.backend, "default_dtype", lambda: ("mixed", "it is fast"))
     automatic = Recipe(compute_dtype="auto")
     assert (
         resolve_dtype(automatic).hash

@@ -65,7 +65,7 @@ def bench_command(context: CliContext, names: tuple[str, ...], json_path: Path |
             }
             tasks.append((task, recipe, view.size_of(recipe, num_classes).macs))
     found = []
-    dtypes, against, rounds = options["dtypes"] or (default_dtype(),), bool(options["against"]), options["rounds"]
+    dtypes, against, rounds = options["dtypes"] or default_dtype()[:1], bool(options["against"]), options["rounds"]
     for task, recipe, macs in tasks:
         try:
             found.append(bench.run_bench(task, recipe, macs, dtypes, against, rounds, console.print))

@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fastcifar_jax.functions import steps_of_epochs
+from fastcifar_jax.ops import backend
 from fastcifar_jax.recipe import Published, Recipe, difference, flatten
 from fastcifar_jax.report.text import device_text, percent, published_percent
 from fastcifar_jax.runs.records import Record
@@ -106,6 +107,12 @@ def data_line(data: LoadedData, device: dict[str, Any]) -> str:
         f"{info.source}: {info.train:,} training and {info.test:,} test images, {len(info.classes)} classes; "
         f"{data.transfer_seconds:.2f} s to the device: {device_text(device)}"
     )
+
+
+def dtype_line(dtype: str) -> str:
+    """One line about the compute dtype of a run."""
+    default, reason = backend.default_dtype()
+    return f"computing in {dtype}: {reason}" if dtype == default else f"computing in {dtype}; the default is {default}"
 
 
 def seed_line(arm: str, record: Record) -> str:
@@ -234,9 +241,8 @@ def _left(seconds: float) -> str:
 
 def epoch_row(info: EpochInfo, images_per_second: float) -> str:
     """One line below `EPOCH_HEADER`."""
-    accuracies = "".join(
-        f"{percent(value):>10}" for value in (info.train_accuracy, info.test_accuracy, info.tta_accuracy)
-    )
+    found = (info.train_accuracy, info.test_accuracy, info.tta_accuracy)
+    accuracies = "".join(f"{'' if value is None else percent(value):>10}" for value in found)
     return f"{info.epoch:>5}{info.train_seconds:>10.2f}{info.train_loss:>10.4f}{accuracies}{images_per_second:>10,.0f}"
 
 

@@ -38,12 +38,11 @@ def jax_lines() -> dict[str, str]:
         device = view.device_text(provenance.device())
     except RuntimeError as error:  # a plugin is installed that cannot open its device
         return {"device": f"JAX does not start: {' '.join(str(error).split())}"}
-    name, reason = backend.conv_backend()
     return {
         "device": device,
-        "convolutions": f"{name}: {reason}",
+        "convolutions": ": ".join(backend.conv_backend()),
         "loop": f"a call runs one {backend.step_loop()} of training steps",
-        "dtype": backend.default_dtype(),
+        "dtype": ": ".join(backend.default_dtype()),
     }
 
 

@@ -15,7 +15,7 @@ import click
 from rich.console import Console
 
 from fastcifar_jax.analysis.compare import arm_name, parse_arm
-from fastcifar_jax.cli.console import data_line
+from fastcifar_jax.cli.console import data_line, dtype_line
 from fastcifar_jax.functions import check_trainable
 from fastcifar_jax.models.base import PRECISIONS
 from fastcifar_jax.ops import backend, devices
@@ -47,10 +47,12 @@ class RunOptions(NamedTuple):
     rerun: bool
     checkpoint: bool
     save: bool
+    tta_every_epoch: bool
+    deterministic: bool
 
     def settings(self, context: CliContext) -> RunSettings:
         """How runs are made and kept."""
-        return RunSettings(self.out, context.arguments, self.rerun, self.checkpoint, self.save)
+        return RunSettings(self.out, context.arguments, self.rerun, self.checkpoint, self.save, self.tta_every_epoch)
 
     def changed(self, recipe: Recipe, variant: Sequence[str]) -> Recipe:
         """The recipe with these options and the assignments of one arm of a sweep."""
@@ -88,6 +90,10 @@ def run_options(command: Callable) -> Callable:
 
     folder = click.Path(file_okay=False, path_type=Path)
     for option in (
+        click.option("--deterministic", is_flag=True, help="On a GPU: equal bits for equal seeds, slower."),
+        click.option(
+            "--tta-every-epoch", is_flag=True, help="Test-time augmentation after every epoch, not only the last."
+        ),
         click.option("--save", is_flag=True, help="Also keep the trained models, beside their records."),
         click.option("--checkpoint", is_flag=True, help="Save the state every epoch; continue from it if killed."),
         click.option("--rerun", is_flag=True, help="Also run what is on record as finished or diverged."),
@@ -172,7 +178,7 @@ def make_specs(context: CliContext, names: Sequence[str], options: RunOptions, c
       click.UsageError: names, values or data that cannot be used.
     """
     with usage_errors():
-        backend.configure()  # before anything asks JAX for a device
+        backend.configure(options.deterministic)  # before anything asks JAX for a device
     if unused := devices.unused_gpu():
         gpu, reason = unused
         console.print(f"a GPU is present ({gpu.name}) but JAX uses the CPU: {reason}; the command doctor shows more")
@@ -195,6 +201,8 @@ def make_specs(context: CliContext, names: Sequence[str], options: RunOptions, c
                     matches_published = whole and recipe == resolve_dtype(experiment.recipe)
                     spec = checked(RunSpec(arm, recipe, experiment.path, matches_published, data, twin))
                 specs.setdefault(arm, spec)
+    for dtype in dict.fromkeys(spec.recipe.compute_dtype for spec in specs.values()):
+        console.print(dtype_line(dtype))
     return list(specs.values())
 
 

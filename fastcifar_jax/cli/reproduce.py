@@ -55,10 +55,13 @@ def reproduce_command(
     with _conv_backend_of(existing):
         with usage_errors():
             spec = _run_spec(existing, experiment, data, context, console)
-        rerun = _run(spec, existing.seed, context, console)
+        tta_every_epoch = all(row.tta_loss is not None for row in existing.epochs[:-1])
+        rerun = _run(spec, existing.seed, tta_every_epoch, context, console)
     named = {name: getattr(existing, name) for name in ("experiment", "framework", "recipe_hash", "seed")}
     answer = {"record": str(record), **named, **compare_rerun(existing, rerun, tolerance)}
-    show_rerun(f"{spec.arm}, seed {existing.seed}", answer, console)
+    made = existing.provenance
+    in_any_order = made.device["platform"] == "gpu" and backend.DETERMINISTIC not in str(made.settings["XLA_FLAGS"])
+    show_rerun(f"{spec.arm}, seed {existing.seed}", answer, console, in_any_order)
     with usage_errors():
         write_json(json_path, answer)
     return int(answer["verdict"] == DIFFERENT)
@@ -79,8 +82,8 @@ def check_reproducible(record: Record) -> None:
         raise ValueError(f"the record has the seed {record.seed}; expected 0 to 2**32 - 1")
 
 
-def show_rerun(label: str, answer: dict[str, Any], console: Console) -> None:
-    """Prints the answer of `compare_rerun` for the run called `label`."""
+def show_rerun(label: str, answer: dict[str, Any], console: Console, in_any_order: bool = False) -> None:
+    """Prints the answer of `compare_rerun` for the run called `label`, whose sums may have been added in any order."""
     count, largest, tolerance = answer["numbers"], answer["largest"], answer["tolerance"]
     changed = [(name, *answer[name]) for name in ("status", "epochs") if answer[name][0] != answer[name][1]]
     parts = [f"{old} {name} on record, {new} now".replace(" status", "") for name, old, new in changed]
@@ -93,6 +96,8 @@ def show_rerun(label: str, answer: dict[str, Any], console: Console) -> None:
             f"tolerance is {tolerance:g} pp and {tolerance:g} %"
         )
     console.print(f"{label}: {answer['verdict']}: {'; '.join(parts)}")
+    if in_any_order:
+        console.print("sums on this GPU have no fixed order, so only the tolerance counts; see --deterministic of run")
     if not answer["provenance_diff"]:
         console.print("same provenance: versions, device, data, source code, convolution backend and settings")
         return
@@ -119,7 +124,8 @@ def _find_experiment(record: Record, name: str | None, folder: Path | None) -> E
 
 
 def _run_spec(record: Record, name: str | None, source: str | None, context: CliContext, console: Console) -> RunSpec:
-    backend.configure()  # before anything asks JAX for a device
+    flags = str(record.provenance.settings.get("XLA_FLAGS"))
+    backend.configure(backend.DETERMINISTIC in flags)  # before anything asks JAX for a device
     experiment = _find_experiment(record, name, context.folder)
     recipe = recipe_of(record, experiment.recipe)
     twin, recorded = twin_of(record.framework), record.provenance.data
@@ -128,9 +134,10 @@ def _run_spec(record: Record, name: str | None, source: str | None, context: Cli
     return checked(RunSpec(arm_name(record.framework, recipe.name), recipe, experiment.path, False, data, twin))
 
 
-def _run(spec: RunSpec, seed: int, context: CliContext, console: Console) -> Record:
+def _run(spec: RunSpec, seed: int, tta_every_epoch: bool, context: CliContext, console: Console) -> Record:
     with tempfile.TemporaryDirectory() as folder:
-        settings, shown = RunSettings(Path(folder), context.arguments), view.RunView(console)
+        settings = RunSettings(Path(folder), context.arguments, tta_every_epoch=tta_every_epoch)
+        shown = view.RunView(console)
         *_, last = map(record_of, shown.show(run_all([spec], [seed], settings, {}, shown.on_steps)))
     assert last is not None  # the last event of a run brings its record
     return last

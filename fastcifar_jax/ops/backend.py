@@ -27,6 +27,7 @@ StepLoop = Literal["step", "block", "epoch"]  # training steps that one call run
 
 CHECK_SECONDS = 300  # a check that takes longer hangs; on an idle machine it takes 10
 COMPILE_SECONDS = 0.1  # programs that compile faster are not kept
+DETERMINISTIC = "--xla_gpu_deterministic_ops=true"  # in XLA_FLAGS, and so in the provenance of runs
 _GAP = 2**30  # bytes of address space for small allocations
 # The name of the kernel in a line of ONEDNN_VERBOSE. Those called gemm start parallel work inside parallel work, for
 # which XLA's thread pool waits forever; those called ref are a thousand times slower.
@@ -132,16 +133,37 @@ def step_loop() -> StepLoop:
     return "block" if conv_backend()[0] == "onednn" else "step"
 
 
-def default_dtype() -> str:
-    """The fastest compute dtype that was measured to be as accurate as float32 here.
+def default_dtype() -> tuple[str, str]:
+    """The compute dtype of recipes that leave it to the device, and the reason in a few words.
 
-    "mixed" where oneDNN multiplies bfloat16 in hardware (`docs/cpu.md`), else float32; no GPU was measured.
+    The fastest that is as accurate as float32: measured on CPUs (`docs/cpu.md`), elsewhere the dtype of the originals.
     """
-    return "mixed" if conv_backend()[0] == "onednn" and _multiplies_bfloat16() else "float32"
+    if jax.default_backend() == "tpu":
+        return "bfloat16", "TPUs multiply it in hardware"
+    if jax.default_backend() != "cpu":
+        return "float16", "the dtype of the original recipes, which every GPU with tensor cores multiplies in hardware"
+    if conv_backend()[0] == "onednn" and not {"avx512_bf16", "amx_bf16"}.isdisjoint(_cpu_info().split()):
+        return "mixed", "this CPU multiplies bfloat16 in hardware"
+    return "float32", "this CPU does not multiply bfloat16 in hardware, or has no oneDNN"
 
 
-def _multiplies_bfloat16() -> bool:
-    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(_cpu_info().split())
+def check_dtype(dtype: str) -> None:
+    """Checks that a compute dtype is computed as such on this device.
+
+    Raises:
+      ValueError: it would be computed in float32.
+    """
+    device = jax.devices()[0]
+    if dtype == "float64" and not jax.config.read("jax_enable_x64"):
+        raise ValueError("float64 needs JAX's 64-bit mode; set the environment variable JAX_ENABLE_X64=1")
+    if device.platform == "gpu" and dtype == "mixed":
+        raise ValueError("mixed is for CPUs: on a GPU XLA converts the bfloat16 operands to float32; use float16")
+    capability = str(getattr(device, "compute_capability", ""))  # "7.0"; "gfx90a" on AMD
+    if dtype == "bfloat16" and capability[:1].isdigit() and float(capability) < 8:
+        raise ValueError(
+            f"{device.device_kind} has no bfloat16 (compute capability {capability}, needed 8.0): XLA would compute in "
+            "float32; use float16"
+        )
 
 
 @functools.cache
@@ -161,7 +183,7 @@ def known_options(options: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
-def configure() -> None:
+def configure(deterministic: bool = False) -> None:
     """Sets what a run needs from the whole process; call it before anything asks JAX for a device.
 
     On a CPU:
@@ -173,7 +195,12 @@ def configure() -> None:
       cache, and JAX would try and warn in every process.
 
     On an accelerator compiled programs are kept, see `keep_compiled_programs`.
+
+    Args:
+      deterministic: makes XLA choose kernels on a GPU that add in a fixed order; a CPU's always do.
     """
+    if deterministic and DETERMINISTIC not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DETERMINISTIC}".strip()
     keep_freed_memory()  # first: asking for the backend starts XLA's threads
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     if conv_backend()[0] == "onednn":

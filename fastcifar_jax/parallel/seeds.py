@@ -4,6 +4,7 @@ On one device a seed is the same program as without a mesh, so its numbers are b
 kind. Where a row shares its batches, XLA partitions that program; sums are rounded in another order.
 """
 
+import functools
 import queue
 import threading
 from collections.abc import Iterator, Sequence
@@ -23,7 +24,13 @@ Outcome = RunResult | Diverged
 
 
 def train_seeds(
-    recipe: Recipe, num_classes: int, seeds: Sequence[int], dataset: Dataset, mesh: Mesh
+    recipe: Recipe,
+    num_classes: int,
+    seeds: Sequence[int],
+    dataset: Dataset,
+    mesh: Mesh,
+    *,
+    tta_every_epoch: bool = False,
 ) -> Iterator[tuple[int, EpochInfo | Outcome]]:
     """The runs of many seeds; each row of devices compiles once.
 
@@ -36,6 +43,7 @@ def train_seeds(
       seeds: seed i trains on row `i % rows`.
       dataset: arrays of this process.
       mesh: from `make_mesh`.
+      tta_every_epoch: see `compile_run`.
 
     Yields:
       `(seed, row of its epoch table)` after each epoch, and last `(seed, outcome)`: a `RunResult`, or the `Diverged` of
@@ -45,7 +53,9 @@ def train_seeds(
       ValueError: a recipe that does not fit the data or the mesh, or processes that were given different things.
     """
     recipe = resolve_dtype(recipe)
-    require_agreement((recipe, list(seeds), mesh.devices.shape, backend.conv_backend()[0]), dataset)
+    what = (recipe, list(seeds), mesh.devices.shape, tta_every_epoch, backend.conv_backend()[0])
+    require_agreement(what, dataset)
+    compile_for = functools.partial(compile_run, recipe, num_classes, tta_every_epoch=tta_every_epoch)
     me, rows = jax.process_index(), len(mesh.devices)
     local = {i: row for i, row in enumerate(mesh.devices) if me in {device.process_index for device in row}}
     shared = rows == 1  # by all processes, which then have the outcomes already
@@ -55,7 +65,7 @@ def train_seeds(
         round_seeds = seeds[start : start + size]
         work = [(row, round_seeds[i::rows]) for i, row in local.items()]
         outcomes: dict[int, Outcome] = {}
-        for seed, news in _train_rows(recipe, num_classes, work, dataset):
+        for seed, news in _train_rows(recipe, num_classes, compile_for, work, dataset):
             if not isinstance(news, EpochInfo):
                 outcomes[seed] = news
             yield seed, news
@@ -66,7 +76,7 @@ def train_seeds(
             yield from ((seed, outcome) for seed, outcome in others if seed not in outcomes)
 
 
-def _train_rows(recipe, num_classes, work, dataset):
+def _train_rows(recipe, num_classes, compile_for, work, dataset):
     """Trains each row's seeds in a thread; yields in the caller's thread, where an error is raised too."""
     news: queue.SimpleQueue = queue.SimpleQueue()
     stop = threading.Event()
@@ -74,7 +84,7 @@ def _train_rows(recipe, num_classes, work, dataset):
     def train_row(devices, seeds):
         with row_of_devices(devices) as placement:
             data = place(dataset, placement)
-            compiled = compile_run(recipe, num_classes, data)
+            compiled = compile_for(data)
             for i, seed in enumerate(seeds):
                 key = _key(seed, placement)
                 try:

@@ -203,7 +203,7 @@ def curves_of(arm: Arm, field: str) -> Curves:
     scale, least = (100, 0) if field.endswith("accuracy") else (1, 1 / MAX_VALUE)
 
     def points(record: Record) -> Points:
-        rows = [(row.epoch, scale * getattr(row, field)) for row in record.epochs]
+        rows = [(row.epoch, scale * y) for row in record.epochs if (y := getattr(row, field)) is not None]
         return [(epoch, y) for epoch, y in rows if plausible(epoch) and plausible(y) and y >= least]
 
     runs = [(record.status == "finished", points(record)) for record in arm.records]

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from typing import IO, Any, NamedTuple, cast
 
+from fastcifar_jax.ops import backend
 from fastcifar_jax.recipe import Recipe
 from fastcifar_jax.runs import provenance
 
@@ -33,17 +34,19 @@ class BenchError(RuntimeError):
     """A contender that could not be run; the message holds the end of its output."""
 
 
-def contenders(task: dict[str, Any], dtypes: tuple[str, ...], against_torch: bool) -> list[Contender]:
-    """JAX in each compute dtype, and PyTorch in float32 and bfloat16, eager and compiled.
+def contenders(
+    task: dict[str, Any], dtypes: tuple[str, ...], against_torch: bool, half: str = "bfloat16"
+) -> list[Contender]:
+    """JAX in each compute dtype, and PyTorch in float32 and the half precision `half`, eager and compiled.
 
-    PyTorch takes part with its defaults, and "tuned", with the memory settings that JAX has here.
+    PyTorch takes part with its defaults, and "tuned", with the memory settings that JAX has on CPUs.
     """
     found = [Contender(f"jax {dtype}", {**task, "kind": "jax", "dtype": dtype}) for dtype in dtypes]
     if against_torch:
         for dtype, compiled, tuned in (
-            ("bfloat16", False, True),
-            ("bfloat16", False, False),
-            ("bfloat16", True, True),
+            (half, False, True),
+            (half, False, False),
+            (half, True, True),
             ("float32", False, False),
             ("float32", True, True),
         ):
@@ -133,7 +136,8 @@ def run_bench(
     Raises:
       BenchError: no JAX contender could be run.
     """
-    results, failed = measure(contenders(task, dtypes, against_torch), recipe.batch_size, rounds, say)
+    half = "float16" if backend.default_dtype()[0] == "float16" else "bfloat16"
+    results, failed = measure(contenders(task, dtypes, against_torch, half), recipe.batch_size, rounds, say)
     best = fastest(results, "jax")
     if best is None:
         raise BenchError(f"no JAX contender could be run: {failed}")

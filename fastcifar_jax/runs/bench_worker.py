@@ -28,9 +28,9 @@ from fastcifar_jax.runs import experiments
 from fastcifar_jax.train import compile_run
 from fastcifar_jax.types import Dataset
 
-STEPS = 2  # at a time: two that are not timed and two that are, in every turn
+CPU_STEPS, GPU_STEPS = 2, 50  # at a time: as many that are not timed and as many that are, in every turn
 
-Prepared = tuple[Callable[[], None], dict[str, Any]]  # takes `STEPS` steps; what is known about it
+Prepared = tuple[Callable[[], None], int, dict[str, Any]]  # takes steps; how many; what is known about it
 
 
 def prepare_jax(recipe: Recipe, num_classes: int, dataset: Dataset) -> Prepared:
@@ -39,26 +39,28 @@ def prepare_jax(recipe: Recipe, num_classes: int, dataset: Dataset) -> Prepared:
     run = compile_run(recipe, num_classes, dataset)
     values, key = hparams(recipe), jax.random.key(0)
     carry, plan = (run.init(key, dataset), zero_totals(recipe)), run.plan(key, np.int32(1), dataset)
-    per_call = 1 if run.loop == "step" else STEPS
+    steps = min(run.steps_per_epoch, CPU_STEPS if jax.default_backend() == "cpu" else GPU_STEPS)
+    per_call = 1 if run.loop == "step" else steps
 
     def take():
         nonlocal carry
-        for start in range(0, STEPS, per_call):
+        for start in range(0, steps, per_call):
             carry = run.train_steps(1, values, dataset, plan, carry, start, per_call)
         jax.block_until_ready(carry)
 
-    return take, {"compile_seconds": run.seconds, "conv": backend.conv_backend()[0], "version": jax.__version__}
+    known = {"compile_seconds": run.seconds, "conv": backend.conv_backend()[0], "version": jax.__version__}
+    return take, steps, known
 
 
 def prepare_torch(recipe: Recipe, num_classes: int, dataset: Dataset, compiled: bool, tuned: bool) -> Prepared:
     """The same in PyTorch; see `torch_baseline.bench.prepare`."""
     from fastcifar_jax.torch_baseline import bench, train  # an extra that the other contenders do without
 
-    take = bench.prepare(recipe, num_classes, dataset, compiled=compiled, tuned=tuned)
+    take, on_gpu = bench.prepare(recipe, num_classes, dataset, compiled=compiled, tuned=tuned)
     start = time.perf_counter()
     take(1)
-    seconds = time.perf_counter() - start
-    return functools.partial(take, STEPS), {"compile_seconds": seconds, "version": train.versions()["torch"]}
+    seconds, steps = time.perf_counter() - start, GPU_STEPS if on_gpu else CPU_STEPS
+    return functools.partial(take, steps), steps, {"compile_seconds": seconds, "version": train.versions()["torch"]}
 
 
 def layer_rates(recipe: Recipe, num_classes: int, repeats: int = 5) -> dict[str, Any]:
@@ -128,16 +130,16 @@ def main() -> None:
         _answer(**layer_rates(recipe, num_classes))
         return
     if task["kind"] == "jax":
-        take, known = prepare_jax(recipe, num_classes, dataset)
+        take, steps, known = prepare_jax(recipe, num_classes, dataset)
     else:
-        take, known = prepare_torch(recipe, num_classes, dataset, task["compiled"], task["tuned"])
+        take, steps, known = prepare_torch(recipe, num_classes, dataset, task["compiled"], task["tuned"])
     take()
     _answer(**known, data={"source": info.source, "hash": info.hash})
     for _ in sys.stdin:
         take()  # untimed: memory that was idle while others ran may have to come back first
         start = time.perf_counter()
         take()
-        seconds = (time.perf_counter() - start) / STEPS
+        seconds = (time.perf_counter() - start) / steps
         _answer(seconds=seconds, peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 

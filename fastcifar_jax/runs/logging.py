@@ -26,7 +26,8 @@ def tensorboard(folder: Path) -> Log:
         # One writer per epoch, so that an interrupted run leaves nothing open. File names hold only whole seconds.
         place = folder / label.replace("/", "_").replace(":", "_")
         with SummaryWriter(str(place), filename_suffix=f".epoch{row.epoch}") as writer:
-            for name in EpochInfo._fields[1:]:
-                writer.add_scalar(name, getattr(row, name), row.epoch)
+            for name, value in row._asdict().items():
+                if name != "epoch" and value is not None:
+                    writer.add_scalar(name, value, row.epoch)
 
     return log

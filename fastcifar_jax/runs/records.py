@@ -167,13 +167,14 @@ def gather(paths: Iterable[Path]) -> dict[Path, Record]:
 def dawnbench_log(record: Record, tta: bool) -> str:
     """Section 7.10 of the specification: one line per epoch, hours of training and test accuracy in per cent.
 
-    The hours include what `train_seconds` includes, so the last line has those of the result.
+    With `tta` it is that with test-time augmentation, in the epochs that were evaluated with it. The hours include what
+    `train_seconds` includes, so the last line has those of the result.
     """
     assert record.result is not None
     seconds = record.result["transfer_seconds"] + record.result["setup_seconds"]
     lines = ["epoch\thours\ttop1Accuracy"]
     for epoch in record.epochs:
         seconds += epoch.train_seconds
-        accuracy = epoch.tta_accuracy if tta else epoch.test_accuracy
+        accuracy = epoch.test_accuracy if epoch.tta_accuracy is None or not tta else epoch.tta_accuracy
         lines.append(f"{epoch.epoch}\t{seconds / 3600:.8f}\t{100 * accuracy:.2f}")
     return "\n".join(lines)

@@ -74,7 +74,9 @@ def _pairs(existing: Record, rerun: Record) -> Iterator[tuple[int, str, float, f
     """Epoch, name, and both values of every number that both records have."""
     for old, new in zip(existing.epochs, rerun.epochs, strict=False):
         for name in (*LOSSES, *ACCURACIES):
-            yield old.epoch, name, getattr(old, name), getattr(new, name)
+            pair = getattr(old, name), getattr(new, name)
+            if None not in pair:
+                yield old.epoch, name, *pair
     if existing.result and rerun.result:
         for name in ("test_accuracy", "tta_accuracy"):
             yield len(existing.epochs), name, existing.result[name], rerun.result[name]

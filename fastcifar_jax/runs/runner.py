@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -60,6 +60,7 @@ class RunSettings(NamedTuple):
     rerun: bool = False  # also what is on record
     checkpoint: bool = False  # save the state after every epoch, and continue from what a killed run saved
     save: bool = False  # keep the trained model beside the record
+    tta_every_epoch: bool = False  # evaluate with test-time augmentation after every epoch, not only after the last
 
 
 class Existing(NamedTuple):
@@ -165,7 +166,7 @@ def _run_seed(spec, seed, settings, programs, on_steps):
     rows: tuple[EpochInfo, ...] = ()
     failure = None
     try:
-        compile_seconds = yield from _compile(spec, programs)
+        compile_seconds = yield from _compile(spec, settings, programs)
         resume = None
         if settings.checkpoint and os.path.lexists(state_file):
             resume, message = _resume(spec, state_file, new)
@@ -173,7 +174,7 @@ def _run_seed(spec, seed, settings, programs, on_steps):
         yield "training"
         snapshot, rows = resume, resume.epochs if resume else ()  # a checkpoint of the last epoch leaves none to train
         yield from rows
-        for snapshot in _snapshots(spec, seed, programs, resume, on_steps):
+        for snapshot in _snapshots(spec, seed, settings, programs, resume, on_steps):
             rows = snapshot.epochs
             if settings.checkpoint:
                 yield from _save_checkpoint(state_file, snapshot, new)
@@ -198,29 +199,31 @@ def _run_seed(spec, seed, settings, programs, on_steps):
         raise failure
 
 
-def _compile(spec, programs):
+def _compile(spec, settings, programs):
     """Makes the programs of a run unless they exist; returns the seconds that it took."""
-    if (key := _program(spec)) in programs:
+    if (key := _program(spec, settings)) in programs:
         return 0.0
     yield "compiling"
     num_classes = len(spec.data.info.classes)
     if spec.twin:
         programs[key] = None  # PyTorch keeps its programs itself
         return spec.twin.warm_up(spec.recipe, num_classes, _host_arrays(spec))
-    programs[key] = compile_run(spec.recipe, num_classes, spec.data.dataset)
+    programs[key] = compile_run(spec.recipe, num_classes, spec.data.dataset, tta_every_epoch=settings.tta_every_epoch)
     return programs[key].seconds
 
 
-def _program(spec):
+def _program(spec, settings):
     shapes = tuple((array.shape, str(array.dtype)) for array in spec.data.dataset)
-    return spec.framework, program_key(spec.recipe), len(spec.data.info.classes), shapes
+    key = spec.framework, program_key(spec.recipe), len(spec.data.info.classes)
+    return *key, shapes, settings.tta_every_epoch
 
 
-def _snapshots(spec, seed, programs, resume, on_steps) -> Iterator[Snapshot]:
+def _snapshots(spec, seed, settings, programs, resume, on_steps) -> Iterator[Snapshot]:
     num_classes = len(spec.data.info.classes)
     if spec.twin:
-        return spec.twin.train_epochs(spec.recipe, num_classes, seed, _host_arrays(spec), on_steps=on_steps)
-    key, compiled = jax.random.key(seed), programs[_program(spec)]
+        options = {"tta_every_epoch": settings.tta_every_epoch, "on_steps": on_steps}
+        return spec.twin.train_epochs(spec.recipe, num_classes, seed, _host_arrays(spec), **options)
+    key, compiled = jax.random.key(seed), programs[_program(spec, settings)]
     options = {"compiled": compiled, "resume": resume, "on_steps": on_steps}
     return train_epochs(spec.recipe, num_classes, key, spec.data.dataset, **options)
 
@@ -283,7 +286,7 @@ def failed(new: Record, error: Exception, rows: Sequence[EpochInfo]) -> Record:
 
 def finished(new: Record, run: RunResult, transfer_seconds: float) -> Record:
     """The record of a run that came to its end."""
-    result = {
+    result: dict[str, Any] = {
         "test_accuracy": run.epochs[-1].test_accuracy,
         "tta_accuracy": run.epochs[-1].tta_accuracy,
         "train_seconds": transfer_seconds + run.train_seconds,

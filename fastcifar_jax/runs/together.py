@@ -61,7 +61,9 @@ def run_together(spec: RunSpec, seeds: Sequence[int], settings: RunSettings, mes
 
     try:
         yield Event(spec, seeds[0], "compiling")
-        for seed, news in train_seeds(spec.recipe, len(spec.data.info.classes), seeds, spec.data.dataset, mesh):
+        data, every_epoch = spec.data, settings.tta_every_epoch
+        runs = train_seeds(spec.recipe, len(data.info.classes), seeds, data.dataset, mesh, tta_every_epoch=every_epoch)
+        for seed, news in runs:
             if isinstance(news, EpochInfo):
                 rows[seed].append(news)
                 yield Event(spec, seed, news)
@@ -70,7 +72,7 @@ def run_together(spec: RunSpec, seeds: Sequence[int], settings: RunSettings, mes
             if isinstance(news, Diverged):
                 record = failed(new[seed], news, ())
             else:
-                record = finished(new[seed], news, spec.data.transfer_seconds)
+                record = finished(new[seed], news, data.transfer_seconds)
             write(record)
             yield Event(spec, seed, record)
     except records.RecordError:

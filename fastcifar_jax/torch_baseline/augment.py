@@ -43,6 +43,11 @@ def plan_epoch(recipe: Recipe, seed: int, epoch: int, num_images: int, height: i
     return EpochPlan(order[shuffled(num_images)], tuple(options))
 
 
+def to_device(plan: EpochPlan, device: torch.device) -> EpochPlan:
+    """The plan on a device."""
+    return EpochPlan(plan.order.to(device), tuple(option.to(device) for option in plan.options))
+
+
 def _generator(*seeds):
     return torch.Generator().manual_seed(int(np.random.SeedSequence(seeds).generate_state(1, np.uint64)[0]))
 

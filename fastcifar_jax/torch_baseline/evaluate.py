@@ -9,13 +9,13 @@ from fastcifar_jax.recipe import Recipe
 from fastcifar_jax.torch_baseline.augment import normalize
 from fastcifar_jax.types import Evaluation
 
-CHUNK = 500  # test images at a time
+CHUNK = 2000  # test images at a time
 
 
 def predict(recipe: Recipe, network: nn.Module, images: Tensor) -> Tensor:
-    """Logits in the dtype of the images; half-precision recipes use autocast to bfloat16."""
-    autocast = recipe.compute_dtype in ("mixed", "bfloat16")
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=autocast):
+    """Logits in the dtype of the images; half-precision recipes use autocast."""
+    dtype = {"float16": torch.float16, "mixed": torch.bfloat16, "bfloat16": torch.bfloat16}.get(recipe.compute_dtype)
+    with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
         logits = network(images)
     return logits.to(images.dtype)
 
@@ -45,15 +45,17 @@ def num_correct(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate(recipe: Recipe, network: nn.Module, images: Tensor, labels: Tensor) -> Evaluation:
-    """Loss and correct answers over a test set, plain and with test-time augmentation, as Python numbers.
+def evaluate(recipe: Recipe, network: nn.Module, images: Tensor, labels: Tensor, with_tta: bool = True) -> Evaluation:
+    """Loss and correct answers over a test set, as Python numbers; None where there is no test-time augmentation.
 
     `images` are uint8, `[n, height, width, 3]`; the network is left in evaluation mode.
     """
     network.eval()
     sums = []
     for pixels, y in zip(images.split(CHUNK), labels.split(CHUNK), strict=True):
-        both = predict_views(recipe, network, normalize(recipe, pixels, network.linear.weight.dtype))
-        scores = [score for logits in both for score in (summed_loss(recipe, logits, y), num_correct(logits, y))]
+        x = normalize(recipe, pixels, network.linear.weight.dtype)
+        found = predict_views(recipe, network, x) if with_tta else (predict(recipe, network, x),)
+        scores = [score for logits in found for score in (summed_loss(recipe, logits, y), num_correct(logits, y))]
         sums.append(torch.stack([score.double() for score in scores]))
-    return Evaluation(*torch.stack(sums).sum(0).tolist())
+    found = torch.stack(sums).sum(0).tolist()
+    return Evaluation(*found, *(None,) * (4 - len(found)))

@@ -23,7 +23,7 @@ from fastcifar_jax.models.resnet9 import ResNet9
 from fastcifar_jax.muon import Muon
 from fastcifar_jax.optim import AirbenchSGD, Nesterov
 from fastcifar_jax.recipe import Recipe, resolve_dtype
-from fastcifar_jax.torch_baseline.augment import EpochPlan, make_batch, normalize, plan_epoch
+from fastcifar_jax.torch_baseline.augment import EpochPlan, make_batch, normalize, plan_epoch, to_device
 from fastcifar_jax.torch_baseline.evaluate import CHUNK, evaluate
 from fastcifar_jax.torch_baseline.models import set_whitening_filters
 from fastcifar_jax.torch_baseline.train_step import Trainer
@@ -44,7 +44,6 @@ KNOWN_PARTS = {  # in this order: another model need not have the parts below it
     "average": (Ema, Lookahead, type(None)),
     "tta": (FlipTTA, SixViewTTA, NoTTA),
 }
-DTYPES = ("float32", "float64", "mixed", "bfloat16")
 
 
 def versions() -> dict[str, str]:
@@ -67,8 +66,6 @@ def check_trainable(recipe: Recipe) -> None:
                     f"recipe {recipe.name!r} has {name} {item!r}; the PyTorch baseline has {names}: train it with JAX, "
                     "or add the part to fastcifar_jax/torch_baseline"
                 )
-    if recipe.compute_dtype not in DTYPES:
-        raise ValueError(f"the PyTorch baseline has no compute_dtype {recipe.compute_dtype!r}; use {', '.join(DTYPES)}")
     norm = recipe.model.norm
     if recipe.batch_size % norm.num_groups:
         raise ValueError(
@@ -85,13 +82,14 @@ def train_epochs(
     dataset: Dataset,
     *,
     device: Device = None,
+    tta_every_epoch: bool = False,
     on_steps: OnSteps | None = None,
 ) -> Iterator[Snapshot]:
     """A run as an iterator, like `fastcifar_jax.train.train_epochs`.
 
     The same seed, recipe, data and machine give bitwise the same numbers on a CPU, which are never JAX's; on a GPU
-    some of PyTorch's kernels add in any order. The compute dtypes "mixed" and "bfloat16" are both autocast to bfloat16
-    over float32 master weights: maps are bfloat16; logits, losses and statistics are float32.
+    some of PyTorch's kernels add in any order. The compute dtypes "mixed" and "bfloat16" are both autocast to bfloat16,
+    "float16" to float16, over float32 master weights: maps have this dtype; logits, losses and statistics are float32.
 
     Training seconds count drawing the plan and all steps; setup seconds count the transfer to the device,
     initialisation and whitening.
@@ -102,6 +100,7 @@ def train_epochs(
       seed: of the run.
       dataset: NumPy arrays.
       device: where to run; on a CPU with one thread per core that the process may use.
+      tta_every_epoch: whether to evaluate with test-time augmentation after every epoch, not only after the last.
       on_steps: called with the epoch and its finished steps about once per second.
 
     Yields:
@@ -122,14 +121,17 @@ def train_epochs(
             torch.cuda.synchronize()
         setup_seconds = time.perf_counter() - began
         rows: tuple[EpochInfo, ...] = ()
-        for epoch, num_steps in enumerate(steps_of_epochs(recipe, trainer.steps_per_epoch), start=1):
+        steps = steps_of_epochs(recipe, trainer.steps_per_epoch)
+        for epoch, num_steps in enumerate(steps, start=1):
             began = time.perf_counter()
             plan = plan_epoch(recipe, seed_plans, epoch, *data.train_images.shape[:3])
             totals = _train_epoch(trainer, data, plan, num_steps, on_steps and functools.partial(on_steps, epoch))
             seconds = time.perf_counter() - began
-            sums = evaluate(recipe, trainer.eval_network, data.test_images, data.test_labels)
-            means = [*(x / (num_steps * recipe.batch_size) for x in totals), *(x / len(data.test_labels) for x in sums)]
-            rows = (*rows, EpochInfo(epoch, seconds, *means))
+            with_tta = tta_every_epoch or epoch == len(steps)
+            sums = evaluate(recipe, trainer.eval_network, data.test_images, data.test_labels, with_tta)
+            train = [x / (num_steps * recipe.batch_size) for x in totals]
+            test = [None if x is None else x / len(data.test_labels) for x in sums]
+            rows = (*rows, EpochInfo(epoch, seconds, *train, *test))
             if not (math.isfinite(rows[-1].train_loss) and math.isfinite(rows[-1].test_loss)):
                 raise Diverged(recipe.name, rows)
             yield Snapshot(trainer.eval_network.state_dict(), rows, setup_seconds)
@@ -171,7 +173,7 @@ def _train_epoch(
 ) -> StepInfo:
     """Takes the first steps of an epoch; returns the sums over their images, as Python numbers."""
     recipe, images, labels = trainer.recipe, data.train_images, data.train_labels
-    plan = EpochPlan(plan.order.to(images.device), tuple(option.to(images.device) for option in plan.options))
+    plan = to_device(plan, images.device)
     trainer.network.train()
     totals = StepInfo(torch.tensor(0.0, device=images.device), torch.tensor(0, device=images.device))
     reported = time.perf_counter()

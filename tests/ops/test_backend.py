@@ -121,7 +121,44 @@ def test_other_platforms_use_lax(monkeypatch):
 def test_defaults_of_a_cpu(monkeypatch, forced, flags, loop, dtype):
     monkeypatch.setenv("FASTCIFAR_CONV", forced)
     monkeypatch.setattr(backend, "_cpu_info", lambda: f"flags : {flags}")
-    assert (backend.step_loop(), backend.default_dtype()) == (loop, dtype)
+    assert (backend.step_loop(), backend.default_dtype()[0]) == (loop, dtype)
+
+
+class Card:
+    """A device as JAX describes it."""
+
+    platform = "gpu"
+
+    def __init__(self, kind, capability):
+        self.device_kind, self.compute_capability = kind, capability
+
+
+@pytest.mark.parametrize(("platform", "dtype"), [("gpu", "float16"), ("tpu", "bfloat16")])
+def test_defaults_of_an_accelerator(monkeypatch, platform, dtype):
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    assert (backend.step_loop(), backend.default_dtype()[0]) == ("epoch", dtype)
+    assert backend.conv_backend()[0] == "lax"
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "message"),
+    [
+        (Card("NVIDIA A100", "8.0"), "mixed", "on a GPU XLA converts the bfloat16 operands to float32; use float16"),
+        (Card("Tesla V100", "7.0"), "bfloat16", r"Tesla V100 has no bfloat16 \(compute capability 7.0, needed 8.0\)"),
+        (Card("Tesla T4", "7.5"), "bfloat16", "use float16"),
+    ],
+)
+def test_refuses_a_dtype_that_would_be_float32(monkeypatch, device, dtype, message):
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    with pytest.raises(ValueError, match=message):
+        backend.check_dtype(dtype)
+    backend.check_dtype("float16")
+
+
+@pytest.mark.parametrize("device", [Card("NVIDIA A100", "8.0"), Card("NVIDIA B200", "10.0"), Card("AMD", "gfx90a")])
+def test_newer_cards_have_bfloat16(monkeypatch, device):
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    backend.check_dtype("bfloat16")
 
 
 def test_unknown_compiler_options_are_left_out():
@@ -218,7 +255,8 @@ x, kernel = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((12, 6, 6, 4
 def passes(x, kernel, operands):
     def f(x, kernel):
         ones = jnp.ones(8)
-        return normalize_groups_and_pool(conv(x, kernel, operands), ones, ones, 3, 1e-5, (2, 2))
+        shift = jnp.zeros((3, 8))
+        return normalize_groups_and_pool(conv(x, kernel, operands), ones, ones, shift, 3, 1e-5, (2, 2))
     (y, *statistics), vjp = jax.vjp(f, x, kernel)
     return y, statistics, vjp((jnp.sin(y), *map(jnp.zeros_like, statistics)))
 

@@ -139,7 +139,7 @@ def assert_close(found, expected):
     """Up to rounding in float64, which nine steps have carried on."""
     assert len(found) == len(expected)
     for a, b in zip(found, expected, strict=True):
-        np.testing.assert_allclose(numbers(a), numbers(b), rtol=1e-9)
+        np.testing.assert_allclose(*(np.array(numbers(run), float) for run in (a, b)), rtol=1e-9)
         chex.assert_trees_all_close(a.state, b.state, rtol=1e-8, atol=1e-9)
 
 
@@ -150,7 +150,7 @@ def test_seeds_over_devices_are_bitwise_those_of_one_device(found):
 def test_batches_over_devices_give_the_numbers_of_one_device(found):
     """Two rows of two devices, in float32."""
     for a, b in zip(found("devices")["batch"], found("devices")["alone"], strict=True):
-        np.testing.assert_allclose(numbers(a), numbers(b), rtol=1e-5)
+        np.testing.assert_allclose(*(np.array(numbers(run), float) for run in (a, b)), rtol=1e-5)
         chex.assert_trees_all_close(a.state, b.state, rtol=1e-5, atol=1e-6)
 
 

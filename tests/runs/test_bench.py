@@ -64,7 +64,7 @@ def test_bench_command_measures_and_writes_json(tmp_path, capsys, monkeypatch):
         cli.main(["bench", str(trick), "--data", "digits", "--limit-train", "128", "--rounds", "5", "--json", str(out)])
     assert ended.value.code == 0
     [found] = json.loads(out.read_text())
-    measured = found["contenders"][f"jax {backend.default_dtype()}"]
+    measured = found["contenders"][f"jax {backend.default_dtype()[0]}"]
     assert found["experiment"] == "tiny" and found["ratio"] is None and found["failed"] == {}
     assert len(measured["seconds"]) == 5 and measured["peak_bytes"] > 1e7
     assert set(found["layers"]["layer1/block"]) == {"shape", *bench.PASSES}

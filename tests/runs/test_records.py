@@ -68,7 +68,12 @@ def test_not_finite_numbers_are_null_and_come_back_as_nan(tmp_path):
     row = json.loads(path.read_text(), parse_constant=refuse)["epochs"][0]
     assert [name for name, value in row.items() if value is None] == ["train_loss", "test_loss", "tta_loss"]
     [read] = records.read(path).epochs
-    assert math.isnan(read.train_loss) and math.isnan(read.tta_loss) and read.train_seconds == 3.5
+    assert (
+        math.isnan(read.train_loss)
+        and math.isnan(read.test_loss)
+        and read.tta_loss is None
+        and read.train_seconds == 3.5
+    )
 
 
 def test_values_that_json_does_not_know_are_text(tmp_path):

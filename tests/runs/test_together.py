@@ -54,7 +54,7 @@ def test_refused(workplace, call, arguments, message):
 
 def test_a_crash_is_on_record_and_a_refusal_is_not(workplace, call, loaded, monkeypatch):
     def fake(error):
-        def train_seeds(*args):
+        def train_seeds(*args, **options):
             raise error
             yield
 
