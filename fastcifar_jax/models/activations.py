@@ -46,27 +46,23 @@ def _celu(x, alpha):
     return (jnp.maximum(wide, 0) + alpha * (jnp.exp(jnp.minimum(wide, 0) * (1 / alpha)) - 1)).astype(x.dtype)
 
 
-def _celu_gradient(alpha, residuals, cotangent):
+def _celu_and_residual(x, alpha):
+    y = _celu(x, alpha)
+    return y, _kept(y, x)
+
+
+def _celu_gradient(alpha, kept, cotangent):
     """The slope is exp(x / alpha) = y / alpha + 1 below 0 and 1 above."""
+    from_value = lambda y, cotangent: cotangent * (jnp.minimum(y, 0) * (1 / alpha) + 1)
 
-    def from_value(x, y, cotangent):
-        del x
-        return cotangent * (jnp.minimum(y, 0) * (1 / alpha) + 1)
-
-    def from_input(x, y, cotangent):
-        del y
+    def from_input(x, cotangent):
         slope = jnp.exp(jnp.minimum(_at_least_float32(x), 0) * (1 / alpha))
         return (cotangent.astype(slope.dtype) * slope).astype(cotangent.dtype)
 
-    return (_on_cpu_or_elsewhere(from_value, from_input, *residuals, cotangent),)
+    return (lax.platform_dependent(kept, cotangent, cpu=from_value, default=from_input),)
 
 
-def _celu_and_residuals(x, alpha):
-    y = _celu(x, alpha)
-    return y, (x, y)
-
-
-_celu.defvjp(_celu_and_residuals, _celu_gradient)
+_celu.defvjp(_celu_and_residual, _celu_gradient)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,28 +91,28 @@ def _gelu_and_slope(x):
     return (wide * phi).astype(x.dtype), (phi + wide * density).astype(x.dtype)
 
 
-def _gelu_and_residuals(x):
+def _gelu_and_residual(x):
     y, slope = _gelu_and_slope(x)
-    return y, (x, slope)
+    return y, _kept(slope, x)
 
 
-def _gelu_gradient(residuals, cotangent):
-    from_slope = lambda x, slope, cotangent: cotangent * slope
-    from_input = lambda x, slope, cotangent: cotangent * _gelu_and_slope(x)[1]
-    return (_on_cpu_or_elsewhere(from_slope, from_input, *residuals, cotangent),)
+def _gelu_gradient(kept, cotangent):
+    from_slope = lambda slope, cotangent: cotangent * slope
+    from_input = lambda x, cotangent: cotangent * _gelu_and_slope(x)[1]
+    return (lax.platform_dependent(kept, cotangent, cpu=from_slope, default=from_input),)
 
 
-_gelu.defvjp(_gelu_and_residuals, _gelu_gradient)
+_gelu.defvjp(_gelu_and_residual, _gelu_gradient)
 
 
 def _at_least_float32(x):
     return x.astype(jnp.float32) if x.dtype.itemsize < 4 else x
 
 
-def _on_cpu_or_elsewhere(cpu, elsewhere, *residuals):
-    """A gradient from what was computed in the forward pass on CPUs, and from the input, computed again, elsewhere.
+def _kept(computed, x):
+    """What the gradient needs: on CPUs what the forward pass has computed, elsewhere the input.
 
-    An accelerator computes faster than it reads: XLA then keeps neither the slope nor the input of an activation, but
-    computes both from the norm's input, which is read anyway. Residuals that a platform does not use cost nothing.
+    An accelerator computes faster than it reads. There XLA keeps neither the slope nor the input of an activation, but
+    computes both again from the norm's input, which it reads anyway.
     """
-    return lax.platform_dependent(*residuals, cpu=cpu, default=elsewhere)
+    return lax.platform_dependent(computed, x, cpu=lambda a, b: a, default=lambda a, b: b)
