@@ -7,7 +7,8 @@ Prints a row of Markdown per recipe, card and dtype: kernels per step, bytes tha
 result once per kernel), temporary memory, dtype of the convolutions, what makes the host wait inside the loop, and the
 floor of a run: its steps at the card's peak of products plus their bytes at its bandwidth, one after the other.
 `--devices 8` splits the batch and adds the collectives of a step with their bytes. `--kernels 20` lists the kernels
-that move the most. Nothing runs and autotuning is off, so nothing here is a time. Answers: docs/gpu.md.
+that move the most. Nothing runs and autotuning is off, so nothing here is a time; errors about a missing driver are
+harmless. Answers: docs/gpu.md.
 """
 
 import argparse
@@ -18,10 +19,6 @@ import os
 import re
 from pathlib import Path
 from typing import NamedTuple
-
-os.environ["JAX_PLATFORMS"] = "cpu"  # nothing runs on the card
-os.environ["FASTCIFAR_CONV"] = "lax"  # as on a card
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # errors about the missing driver are harmless
 
 import jax
 import jax.numpy as jnp
@@ -143,7 +140,7 @@ def kernels_of_loop(text: str) -> tuple[list[Kernel], bool]:
     """The kernels in the body of the largest loop, and whether its trip count is known."""
     found = computations(text)
     loops = [i for body in found.values() for i in body if i["op"] == "while"]
-    body_of = lambda loop: found[re.search(r"body=%?([\w.-]+)", loop["rest"])[1]]
+    body_of = lambda loop: found.get(re.search(r"body=%?([\w.-]+)", loop["rest"])[1], [])
     loop = max(loops, key=lambda loop: len(body_of(loop)))
     shapes = {i["name"]: i["shape"] for i in body_of(loop)}
     kernels = []
@@ -167,26 +164,27 @@ def conv_dtypes(kernels: list[Kernel]) -> str:
     return ", ".join(f"{count} {dtype}" for dtype, count in counts.most_common())
 
 
-def floor_seconds(recipe: Recipe, card: Card, step_bytes: int, num_train: int = 50_000) -> float:
+def floor_seconds(recipe: Recipe, card: Card, step_bytes: int, num_devices: int, num_train: int = 50_000) -> float:
     """The least seconds that the steps of a run could take: forward and two gradients are products of one size."""
     model = recipe.model(10, recipe.compute_dtype)
     images = jax.ShapeDtypeStruct((recipe.batch_size, 32, 32, 3), jnp.float32)
     variables = jax.eval_shape(model.init, jax.eval_shape(lambda: jax.random.key(0)), images)
-    macs = sum(jax.tree.leaves(model.macs(variables, images))) * recipe.batch_size
+    macs = sum(jax.tree.leaves(model.macs(variables, images))) * recipe.batch_size / num_devices
     num_steps = count_steps(recipe.num_epochs, num_train // recipe.batch_size)
     return num_steps * (6 * macs / card.flops + step_bytes / card.bandwidth)
 
 
-def row(recipe: Recipe, card: Card, text: str, temporary_bytes: int) -> str:
+def row(recipe: Recipe, card: Card, num_devices: int, text: str, temporary_bytes: int) -> str:
     """A row of the table."""
     kernels, known = kernels_of_loop(text)
     size = sum(kernel.size for kernel in kernels)
     waits = [kernel.kind for kernel in kernels if kernel.kind in ("while", "conditional")]
     waits += [] if known else ["trip count"]
     shared = [kernel for kernel in kernels if kernel.kind.removesuffix("-start") in COLLECTIVES]
+    floor = floor_seconds(recipe, card, size, num_devices)
     cells = (
         f"`{recipe.name}`", recipe.compute_dtype, card.name, len(kernels), f"{size / 1e9:.2f}",
-        f"{floor_seconds(recipe, card, size):.2f}", f"{temporary_bytes / 2**20:,.0f}", conv_dtypes(kernels),
+        f"{floor:.2f}", f"{temporary_bytes / 2**20:,.0f}", conv_dtypes(kernels),
         ", ".join(waits) or "none", f"{len(shared)}, {sum(k.size for k in shared) / 2e6:.1f} MB" if shared else "",
     )  # fmt: skip
     return f"| {' | '.join(map(str, cells))} |"
@@ -203,6 +201,8 @@ def main() -> None:
     parser.add_argument("--kernels", type=int, default=0, help="also list this many, by bytes")
     parser.add_argument("--hlo", type=Path, help="keep the last optimised program here")
     asked = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")  # nothing runs on the card
+    os.environ["FASTCIFAR_CONV"] = "lax"  # as on a card
     print(
         "| recipe | dtype | card | kernels | GB | floor s | temporary MiB | convolutions | host waits | collectives |"
     )
@@ -214,7 +214,8 @@ def main() -> None:
             recipe = override(recipe, assignment)
         compiled = compile_epoch(recipe, CARDS[gpu], asked.devices)
         text = compiled.as_text()
-        print(row(recipe, CARDS[gpu], text, compiled.memory_analysis().temp_size_in_bytes), flush=True)
+        temporary_bytes = compiled.memory_analysis().temp_size_in_bytes
+        print(row(recipe, CARDS[gpu], asked.devices, text, temporary_bytes), flush=True)
         for kernel in sorted(kernels_of_loop(text)[0], key=lambda kernel: -kernel.size)[: asked.kernels]:
             print(f"    {kernel.size / 1e6:8.1f} MB  {kernel.kind:20} {kernel.shape:44} {kernel.origin}")
         if asked.hlo:

@@ -49,7 +49,7 @@ class Step(NamedTuple):
 
 
 def steps_of(out: Path, data: str, tiny: bool) -> list[Step]:
-    """The steps, the most wanted first; 9 minutes in all if none exceeds its limit."""
+    """The steps, the most wanted first."""
     small = ("--width", "2", "--epochs", "3", "--limit-train", "1500") if tiny else ()
     seeds, runs = "1" if tiny else "5", str(out / "runs")
     me, run = ("-m", "benchmarks.on_gpu"), ("-m", "experiments", "run")
@@ -75,18 +75,21 @@ def steps_of(out: Path, data: str, tiny: bool) -> list[Step]:
     ]
 
 
-def run_step(step: Step) -> str:
-    """The step's section of the summary: its last lines, and how it ended."""
+def run_step(step: Step, left: float) -> str:
+    """The step's section of the summary, how it ended and its last lines, if `left` seconds are enough to begin."""
+    if left < 1:
+        return f"## {step.title}\n\nleft out: the time is over\n"
+    limit = min(step.seconds, left)
     began, environment = time.perf_counter(), {**os.environ, **step.environment}
     command = [sys.executable, *step.command]
     try:
         done = subprocess.run(
-            command, cwd=ROOT, env=environment, timeout=step.seconds, text=True,
+            command, cwd=ROOT, env=environment, timeout=limit, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
         text, end = done.stdout, f"status {done.returncode}"
     except subprocess.TimeoutExpired as error:
-        text, end = (error.stdout or b"").decode(errors="replace"), f"stopped at its limit of {step.seconds} s"
+        text, end = (error.stdout or b"").decode(errors="replace"), f"stopped at its limit of {limit:.0f} s"
     body = text if step.markdown else f"```text\n{text[-6000:].strip()}\n```"
     return f"## {step.title}\n\n{end}, {time.perf_counter() - began:.0f} s\n\n{body}\n"
 
@@ -141,6 +144,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder of the answers")
     parser.add_argument("--data", default="cifar10", help="CIFAR-10, as for `run`")
     parser.add_argument("--wheels", type=Path, help="folder of packages to install first, without a network")
+    parser.add_argument("--minutes", type=float, default=9, help="for all steps")
     parser.add_argument("--dry-run", action="store_true", help="a tiny network on digits, on any device")
     for inner in ("--table", "--compile", "--epochs", "--profile"):
         parser.add_argument(inner, help=argparse.SUPPRESS)
@@ -157,9 +161,9 @@ def main() -> None:
     if asked.wheels:
         wheels = [str(path) for path in sorted(asked.wheels.glob("*.whl"))]
         subprocess.run([sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", *wheels], check=True)
-    sections = []
+    sections, end = [], time.perf_counter() + 60 * asked.minutes
     for step in steps_of(out, "digits" if asked.dry_run else asked.data, asked.dry_run):
-        sections.append(run_step(step))
+        sections.append(run_step(step, end - time.perf_counter()))
         print(sections[-1].split("\n\n")[0], sections[-1].split("\n\n")[1], flush=True)
         (out / "summary.md").write_text("\n".join(sections))  # after each step: a machine may be taken back
     pack(out, "records", out / "runs")

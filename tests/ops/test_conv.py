@@ -38,6 +38,7 @@ PRECISIONS = {  # operands, x, largest error as a fraction of the largest value
     "float32": ("float32", "float32", 1e-5),
     "mixed": ("bfloat16", "float32", 1e-2),
     "bfloat16": ("bfloat16", "bfloat16", 2e-2),
+    "float16": ("float16", "float16", 2e-3),
 }
 
 
@@ -158,7 +159,7 @@ def test_gradient_of_a_gradient(each_backend):
         close(found, expected, 1e-4)
 
 
-@pytest.mark.parametrize(("dtype", "batch"), [("float16", 2), ("float64", 2), ("float32", 0)])
+@pytest.mark.parametrize(("dtype", "batch"), [("float64", 2), ("float32", 0)])
 def test_what_onednn_does_not_support_goes_to_lax(monkeypatch, dtype, batch):
     """The call would end the process; it is not made even if oneDNN is forced."""
     monkeypatch.setenv("FASTCIFAR_CONV", "onednn")
