@@ -50,14 +50,14 @@ class Step(NamedTuple):
 
 def steps_of(out: Path, data: str, tiny: bool) -> list[Step]:
     """The steps, the most wanted first."""
-    small = ("--width", "2", "--epochs", "3", "--limit-train", "1500") if tiny else ()
+    small = ("--width", "2", "--epochs", "3", "--limit-train", "640") if tiny else ()
     seeds, runs = "1" if tiny else "5", str(out / "runs")
     me, run = ("-m", "benchmarks.on_gpu"), ("-m", "experiments", "run")
     timed = ("quickstart",) if tiny else RECIPES[:2]
     recipes = ("quickstart",) if tiny else RECIPES
     cache = {"JAX_COMPILATION_CACHE_DIR": str(out / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     bench = ("-m", "experiments", "bench", *timed, "--data", data, "--json", str(out / "bench.json"), "--rounds", "5")
-    bench += ("--width", "2", "--limit-train", "1500") if tiny else ("--against", "torch")
+    bench += ("--width", "2", "--limit-train", "640") if tiny else ("--against", "torch")
     tests = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "addopts=")
     return [
         Step("Machine", ("-m", "fastcifar_jax", "doctor"), 60),
