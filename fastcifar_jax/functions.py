@@ -60,10 +60,8 @@ def make_functions(
     Raises:
       ValueError: fewer training images than one batch, or a batch that the devices cannot share.
     """
-    recipe = resolve_dtype(recipe)
-    batch_size = recipe.batch_size
-    steps_per_epoch = num_train // batch_size
-    if not steps_per_epoch:
+    recipe, batch_size = resolve_dtype(recipe), recipe.batch_size
+    if not (steps_per_epoch := num_train // batch_size):
         raise ValueError(f"batch_size {batch_size} is larger than the {num_train} training images; set it lower")
     model = recipe.model(num_classes, recipe.compute_dtype)
     dtype = PRECISIONS[recipe.compute_dtype].images
@@ -75,8 +73,8 @@ def make_functions(
     def train_step_with(values):
         traced = with_hparams(recipe, values)
         num_steps = count_steps(recipe.num_epochs, steps_per_epoch)
-        tx = transformation(traced)
-        return make_train_step(model, traced.loss, tx, recipe.average, steps_per_epoch, num_steps, skip_gradients)
+        parts = model, traced.loss, transformation(traced), recipe.average
+        return make_train_step(*parts, steps_per_epoch, num_steps, skip_gradients)
 
     def init(key, dataset):
         images = normalize(dataset.train_images[: recipe.init_images], recipe.mean, recipe.std)
@@ -85,10 +83,6 @@ def make_functions(
         opt_state = transformation(recipe).init(trained["params"])
         average = () if recipe.average is None else recipe.average.init(trained)
         return TrainState(jnp.int32(0), **variables, opt_state=opt_state, average=average)
-
-    def plan(key, epoch, dataset):
-        num_images, height, width, _ = dataset.train_images.shape
-        return plan_epoch(key, epoch, recipe.sampling, recipe.augmentations, num_images, height, width)
 
     def train_steps(values, state, totals, dataset, plan, start, num_steps):
         train_step = train_step_with(values)
@@ -105,21 +99,28 @@ def make_functions(
             return step(0, (state, totals))
         return lax.fori_loop(0, num_steps, step, (state, totals))
 
-    def evaluate_state(tta, values, state, dataset):
-        variables = eval_variables(state)
-        predict = lambda images: model.apply(variables, images, False)[0]
-        loss = with_hparams(recipe, values).loss
-        return evaluate(predict, loss, tta, as_images, dataset.test_images, dataset.test_labels)
-
+    evaluate_state = functools.partial(_evaluate_state, recipe, model, as_images)
     return TrainFunctions(
         init=init,
-        plan=plan,
+        plan=functools.partial(_plan, recipe),
         train_step=train_step_with(hparams(recipe)),
         train_steps=train_steps,
         finalize_batch_stats=functools.partial(_finalize_batch_stats, model),
         evaluate=functools.partial(evaluate_state, None),
         evaluate_with_tta=functools.partial(evaluate_state, recipe.tta),
     )
+
+
+def _plan(recipe, key, epoch, dataset):
+    num_images, height, width, _ = dataset.train_images.shape
+    return plan_epoch(key, epoch, recipe.sampling, recipe.augmentations, num_images, height, width)
+
+
+def _evaluate_state(recipe, model, as_images, tta, values, state, dataset):
+    variables = eval_variables(state)
+    predict = lambda images: model.apply(variables, images, False)[0]
+    loss = with_hparams(recipe, values).loss
+    return evaluate(predict, loss, tta, as_images, dataset.test_images, dataset.test_labels)
 
 
 def _finalize_batch_stats(model, state, epoch):

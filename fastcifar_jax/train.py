@@ -84,16 +84,12 @@ def compile_run(recipe: Recipe, num_classes: int, dataset: Dataset, *, tta_every
     def steps_program(skip_gradients, num_steps):
         # Epochs that train fewer parameters have a program of their own, which computes less.
         train_steps = make_functions(recipe, num_classes, num_train, skip_gradients).train_steps
-        if num_steps is None:  # one program for blocks of any length
-            args = (values, state, totals, dataset, plan, number, number)
-            return jit(train_steps, donate_argnums=(1, 2)).lower(*args).compile(options)
-        with_length = lambda *args: train_steps(*args, num_steps)
-        jitted = jit(with_length, donate_argnums=(1, 2))
-        program = jitted.lower(values, state, totals, dataset, plan, number).compile(options)
-        return lambda *args: program(*args[:-1])
+        static = {} if loop == "block" else {"static_argnums": 6}
+        jitted = jit(train_steps, donate_argnums=(1, 2), **static)
+        return jitted.lower(values, state, totals, dataset, plan, number, num_steps).compile(options)
 
     def program_of(epoch, num_steps):
-        length = {"step": 1, "block": None, "epoch": num_steps}[loop]
+        length = {"step": 1, "block": number, "epoch": num_steps}[loop]  # one program for blocks of any length
         return steps_program(skipped_gradients(recipe.optim, epoch), length)
 
     steps = steps_of_epochs(recipe, steps_per_epoch)
@@ -107,8 +103,8 @@ def compile_run(recipe: Recipe, num_classes: int, dataset: Dataset, *, tta_every
     }
 
     def train_steps(epoch, values, dataset, plan, carry, start, num_steps):
-        program = program_of(epoch, num_steps)
-        return program(values, *carry, dataset, plan, np.int32(start), np.int32(num_steps))
+        length = (np.int32(num_steps),) if loop == "block" else ()
+        return program_of(epoch, num_steps)(values, *carry, dataset, plan, np.int32(start), *length)
 
     run = CompiledRun(
         init=jit(functions.init).lower(key, dataset).compile(),

@@ -60,7 +60,7 @@ def reproduce_command(
     named = {name: getattr(existing, name) for name in ("experiment", "framework", "recipe_hash", "seed")}
     answer = {"record": str(record), **named, **compare_rerun(existing, rerun, tolerance)}
     made = existing.provenance
-    in_any_order = made.device["platform"] == "gpu" and backend.DETERMINISTIC not in str(made.settings["XLA_FLAGS"])
+    in_any_order = made.device["platform"] == "gpu" and backend.DETERMINISTIC not in str(made.settings.get("XLA_FLAGS"))
     show_rerun(f"{spec.arm}, seed {existing.seed}", answer, console, in_any_order)
     with usage_errors():
         write_json(json_path, answer)

@@ -61,9 +61,8 @@ def run_together(spec: RunSpec, seeds: Sequence[int], settings: RunSettings, mes
 
     try:
         yield Event(spec, seeds[0], "compiling")
-        data, every_epoch = spec.data, settings.tta_every_epoch
-        runs = train_seeds(spec.recipe, len(data.info.classes), seeds, data.dataset, mesh, tta_every_epoch=every_epoch)
-        for seed, news in runs:
+        data, options = spec.data, {"tta_every_epoch": settings.tta_every_epoch}
+        for seed, news in train_seeds(spec.recipe, len(data.info.classes), seeds, data.dataset, mesh, **options):
             if isinstance(news, EpochInfo):
                 rows[seed].append(news)
                 yield Event(spec, seed, news)

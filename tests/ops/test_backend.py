@@ -161,6 +161,16 @@ def test_newer_cards_have_bfloat16(monkeypatch, device):
     backend.check_dtype("bfloat16")
 
 
+def test_deterministic_is_a_flag_of_xla_that_is_set_once(monkeypatch):
+    monkeypatch.setenv("FASTCIFAR_CONV", "lax")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=x")
+    backend.configure()
+    assert os.environ["XLA_FLAGS"] == "--xla_dump_to=x"
+    for _ in range(2):
+        backend.configure(deterministic=True)
+        assert os.environ["XLA_FLAGS"] == "--xla_dump_to=x --xla_gpu_deterministic_ops=true"
+
+
 def test_unknown_compiler_options_are_left_out():
     assert backend.known_options({"xla_cpu_no_such_option": 1}) == {}
     assert backend.known_options({"xla_embed_ir_in_executable": False}) == {"xla_embed_ir_in_executable": False}

@@ -295,7 +295,7 @@ def use(record, out):
     answer = compare_rerun(record, RECORD)
     console = Console(file=io.TextIOWrapper(io.BytesIO(), encoding="utf-8"), markup=False)
     console.print(line)
-    show_rerun("arm", answer, console)
+    show_rerun("arm", answer, console, in_any_order=True)
     json.loads(dumps(answer))
     with contextlib.suppress(RecordError):  # a name that is too long for a file
         again = records.read(records.write(record, out))

@@ -192,7 +192,9 @@ def child(*arguments, **options):
     line = [sys.executable, "-m", "fastcifar_jax", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     options = {"stdout": subprocess.PIPE, "text": True, "pipesize": 4096, **options}
-    with subprocess.Popen(line, env=environment, **options) as process:
+    # A shell starts its background jobs, such as these tests, with SIGINT ignored.
+    listen = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(line, env=environment, preexec_fn=listen, **options) as process:
         try:
             yield process
         finally:
