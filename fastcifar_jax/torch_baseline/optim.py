@@ -21,7 +21,7 @@ class ScheduledOptimizer(NamedTuple):
 
     optimizer: torch.optim.Optimizer  # each of its groups has a `peak_lr`
     schedule: Schedule
-    num_steps: int | None = None  # after so many its parameters are frozen; None for never
+    num_steps: int | None = None  # steps after which its parameters are frozen; None: never
 
 
 class Nesterov(torch.optim.Optimizer):
@@ -165,7 +165,7 @@ def warmup_decay(schedule: WarmupDecay, num_epochs: float, steps_per_epoch: int)
 
 
 def triangle(schedule: Triangle, num_steps: int) -> Schedule:
-    """Airbench.md, section 5: the first step has the rate `start`, or the peak if there is no way up."""
+    """Airbench.md, section 5: the first step has the rate `start`, or the peak without a rise."""
     peak = int(schedule.peak * num_steps)
     first = 0 if peak else 1
     knots, values = (0, peak, num_steps)[first:], (schedule.start, 1.0, schedule.end)[first:]
@@ -173,7 +173,7 @@ def triangle(schedule: Triangle, num_steps: int) -> Schedule:
 
 
 def update_average(recipe: Recipe, slow: list[Tensor], fast: list[Tensor], count: int, steps_per_epoch: int) -> None:
-    """Moves the average `slow` towards the network's tensors `fast` if it is due; Lookahead then sets `fast` to it.
+    """Moves the average `slow` towards the network's tensors `fast` in every `every`-th step; Lookahead resets `fast`.
 
     `count` is the number of steps taken, including the current one.
     """

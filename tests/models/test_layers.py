@@ -157,7 +157,7 @@ def test_evaluation_takes_the_mean_over_groups_or_group_0():
     chex.assert_trees_all_close(output(first_group, statistics), output(merged, group_0), rtol=1e-5)
     chex.assert_trees_all_close(first_group.finalize_batch_stats(statistics), mean, rtol=1e-6)
     chex.assert_trees_all_equal(merged.finalize_batch_stats(statistics), statistics)
-    # Merged statistics need not be written back: training goes on to the same mean from both.
+    # Merged statistics need not be written back: training continues to the same mean from both.
     after = lambda s: merged.apply({**variables, "batch_stats": s}, maps, True)[1]
     chex.assert_trees_all_close(*(jax.tree.map(lambda s: s.mean(0), after(s)) for s in (statistics, mean)), rtol=1e-5)
 

@@ -39,7 +39,7 @@ def start(job, out, *arguments, devices=1):
 
 
 def end(process, seconds):
-    """Status and standard error of a child, which is killed after so many seconds."""
+    """Status and standard error of a child, which is killed after `seconds`."""
     try:
         _, errors = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:

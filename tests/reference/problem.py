@@ -29,7 +29,7 @@ class Case(NamedTuple):
 
 # One step an epoch: at the recipes' own lengths, six steps then go past the peak of every schedule (5 of 25 epochs).
 LADDER = Case(num_steps=6, steps_per_epoch=1)
-# Three whole epochs. 7 is no multiple of the average's 5: a counter that is not restarted with the epoch shows.
+# Three whole epochs. 7 is not a multiple of the average's 5: a counter that is not restarted with the epoch shows.
 EPOCHS = Case(num_steps=21, steps_per_epoch=7, num_epochs=3, size=32)
 
 

@@ -189,12 +189,12 @@ def test_what_a_killed_writer_left_is_taken_away(six_epochs, call):
 @contextlib.contextmanager
 def child(*arguments, **options):
     """A command in another process; with `stdout` and `pipesize` it cannot run far ahead of the reader of its lines."""
-    line = [sys.executable, "-m", "fastcifar_jax", *arguments]
+    # A shell starts its background jobs, these tests among them, with SIGINT ignored.
+    listen = "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    line = [sys.executable, "-c", f"{listen}runpy.run_module('fastcifar_jax', run_name='__main__')", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     options = {"stdout": subprocess.PIPE, "text": True, "pipesize": 4096, **options}
-    # A shell starts its background jobs, such as these tests, with SIGINT ignored.
-    listen = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
-    with subprocess.Popen(line, env=environment, preexec_fn=listen, **options) as process:
+    with subprocess.Popen(line, env=environment, **options) as process:
         try:
             yield process
         finally:
