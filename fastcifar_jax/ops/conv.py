@@ -107,8 +107,8 @@ def _gradients_of_conv(padding, dtype, use_onednn, residuals, cotangent):
         return to_x, _weight_gradient(x, cotangent, padding, dtype, use_onednn).astype(kernel.dtype)
 
     def elsewhere(x, kernel, cotangent):
-        # JAX's own gradients, which XLA compiles to cuDNN's. Those of the kernel are added in float32 and then rounded to
-        # the operands' dtype; for a float32 result XLA would convert the operands first, and multiply in float32.
+        # JAX's own gradients, which XLA compiles to cuDNN's. Those of the kernel are added in float32 and rounded last.
+        # For a float32 result XLA would convert the operands first, and multiply in float32.
         _, vjp = jax.vjp(lambda x, kernel: lax_conv.conv(x, kernel.astype(dtype), padding), x, kernel)
         to_x, to_kernel = vjp(cotangent.astype(dtype))
         return to_x.astype(cotangent.dtype), to_kernel
