@@ -35,7 +35,7 @@ ENTRY %main (a: f16[8,4]) -> f16[8,4] {
 
 def run(*command, cwd=ROOT):
     command = [sys.executable, *map(str, command)]
-    return subprocess.run(command, cwd=cwd, env=dict(os.environ), capture_output=True, text=True, timeout=900)
+    return subprocess.run(command, cwd=cwd, env=dict(os.environ), capture_output=True, text=True, timeout=1800)
 
 
 @pytest.mark.slow
