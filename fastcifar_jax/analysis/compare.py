@@ -1,5 +1,6 @@
 """Records grouped into arms, and arms compared: whether a change helps, by how much, and with what uncertainty."""
 
+import functools
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -245,7 +246,8 @@ def _difference(base, other, options):
         # Of use for planning. To report the narrower interval of the two would be to choose after seeing the data.
         pairs = {**found._asdict(), "helps": found.high - found.low < welch.high - welch.low}
     sds = [stats.summarize(values).sd for values in (a, b)]
-    needed = lambda difference: stats.runs_needed(*sds, difference) if difference and max(sds) > 0 else None
+    shown_by = functools.partial(stats.runs_needed, *sds, confidence=confidence)
+    needed = lambda difference: shown_by(difference) if difference and max(sds) > 0 else None
     margin = options.equivalence_margin
     return {
         **welch._asdict(),

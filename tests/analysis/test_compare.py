@@ -33,6 +33,17 @@ def diverged(name, seed):
     return make_record(name, seed, status="diverged", result=None, error="it diverged")
 
 
+@pytest.mark.parametrize("confidence", [0.95, 0.9999])
+def test_verdict_and_runs_follow_the_confidence(confidence):
+    """With which a later look of `--until-half-width` is taken: p is 0.0006 here."""
+    options = CompareOptions(min_effect=0.1, confidence=confidence)
+    [difference] = comparison.compare([make_arm("old", A), make_arm("new", B)], options)["differences"]
+    assert 0.0001 < difference["p_value"] < 0.05
+    assert difference["verdict"] == ("higher" if confidence == 0.95 else "none shown")
+    sds = [stats.summarize([100 * value for value in values]).sd for values in (A, B)]
+    assert difference["runs_for_min_effect"] == stats.runs_needed(*sds, 0.1, confidence=confidence)
+
+
 def test_numbers_are_those_of_stats_in_percentage_points():
     options = CompareOptions(threshold=94.3, equivalence_margin=0.1, min_effect=0.1)
     answer = comparison.compare([make_arm("old", A), make_arm("new", B)], options)
