@@ -50,7 +50,7 @@ def orthogonalize_kernels(steps: int = 3, dtype: jnp.dtype | None = jnp.bfloat16
     def update(updates, params):
         del params
         leaves, structure = jax.tree.flatten(updates)
-        found = dict.fromkeys(range(len(leaves)))
+        found: dict[int, Array] = {}
         for shape in dict.fromkeys(leaf.shape for leaf in leaves):
             same = [i for i, leaf in enumerate(leaves) if leaf.shape == shape]
             rows = jnp.stack([leaves[i].reshape(-1, shape[-1]).T for i in same])

@@ -24,7 +24,7 @@ def small(recipe, num_epochs=3, compute_dtype="float32", **changes):
 
 
 def make_dataset(num_train=NUM_TRAIN, num_test=20):
-    """Four classes told apart by the brightness of a quadrant, in noise."""
+    """Four classes told apart by the brightness of a quadrant, in noise; read-only, like arrays from JAX."""
     rng = np.random.default_rng(0)
 
     def split(n):
@@ -35,7 +35,10 @@ def make_dataset(num_train=NUM_TRAIN, num_test=20):
             image[y : y + 8, x : x + 8] += 120
         return images.astype(np.uint8), labels.astype(np.int32)
 
-    return Dataset(*split(num_train), *split(num_test))  # NumPy: importing this file must not start JAX's devices
+    dataset = Dataset(*split(num_train), *split(num_test))  # NumPy: importing this file must not start JAX's devices
+    for array in dataset:
+        array.flags.writeable = False
+    return dataset
 
 
 DATASET = make_dataset()

@@ -246,8 +246,8 @@ def _difference(base, other, options):
         # Of use for planning. To report the narrower interval of the two would be to choose after seeing the data.
         pairs = {**found._asdict(), "helps": found.high - found.low < welch.high - welch.low}
     sds = [stats.summarize(values).sd for values in (a, b)]
-    shown_by = functools.partial(stats.runs_needed, *sds, confidence=confidence)
-    needed = lambda difference: shown_by(difference) if difference and max(sds) > 0 else None
+    runs_to_show = functools.partial(stats.runs_needed, *sds, confidence=confidence)
+    needed = lambda difference: runs_to_show(difference) if difference and max(sds) > 0 else None
     margin = options.equivalence_margin
     return {
         **welch._asdict(),

@@ -17,10 +17,13 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import jax
+from jax import lax
+from jaxtyping import Array
 
 ConvBackend = Literal["lax", "onednn"]
 StepLoop = Literal["step", "block", "epoch"]  # training steps that one call runs
@@ -119,6 +122,11 @@ def _cpu_info() -> str:
         return Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:  # not Linux
         return ""
+
+
+def on_platform(on_cpu: Callable, elsewhere: Callable, *operands: Array) -> Any:
+    """One of two functions of the operands, chosen when a program is lowered: it may be exported for both."""
+    return lax.platform_dependent(*operands, cpu=on_cpu, default=elsewhere)
 
 
 def step_loop() -> StepLoop:

@@ -9,11 +9,10 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import DTypeLike
 
 from fastcifar_jax.ops import lax_conv, onednn
-from fastcifar_jax.ops.backend import conv_backend
+from fastcifar_jax.ops.backend import conv_backend, on_platform
 from fastcifar_jax.ops.lax_conv import Kernel, Padding
 from fastcifar_jax.types import Images
 
@@ -63,7 +62,7 @@ def _conv(x: Images, kernel: Kernel, padding: Padding, dtype: jnp.dtype, use_one
     """The convolution in `x.dtype`, from operands in `dtype`."""
     on_cpu, multiplied = onednn.conv if use_onednn else lax_conv.conv, _multiplied_on_cpu(dtype, use_onednn)
     out_dtype = x.dtype if multiplied == dtype else jnp.float32
-    return _on_platform(
+    return on_platform(
         lambda a, b: on_cpu(a.astype(multiplied), b.astype(multiplied), padding, out_dtype).astype(x.dtype),
         lambda a, b: lax_conv.conv(a, b, padding, x.dtype),
         x.astype(dtype),
@@ -75,7 +74,7 @@ def _conv(x: Images, kernel: Kernel, padding: Padding, dtype: jnp.dtype, use_one
 def _weight_gradient(x: Images, cotangent: Images, padding: Padding, dtype: jnp.dtype, use_onednn: bool) -> Kernel:
     """The gradient with respect to the kernel, in float32, from operands in `dtype`."""
     on_cpu, multiplied = onednn if use_onednn else lax_conv, _multiplied_on_cpu(dtype, use_onednn)
-    return _on_platform(
+    return on_platform(
         lambda a, b: on_cpu.weight_gradient(a.astype(multiplied), b.astype(multiplied), padding),
         lambda a, b: lax_conv.weight_gradient(a, b, padding),
         x.astype(dtype),
@@ -90,11 +89,6 @@ def _multiplied_on_cpu(dtype, use_onednn):
     """
     slow = dtype.itemsize == 2 and not (use_onednn and dtype == jnp.bfloat16)
     return jnp.dtype(jnp.float32) if slow else dtype
-
-
-def _on_platform(on_cpu, elsewhere, *operands):
-    """One of two functions, chosen when a program is lowered: it may be exported for both."""
-    return lax.platform_dependent(*operands, cpu=on_cpu, default=elsewhere)
 
 
 def _conv_and_residuals(x, kernel, padding, dtype, use_onednn):
@@ -113,7 +107,7 @@ def _gradients_of_conv(padding, dtype, use_onednn, residuals, cotangent):
         to_x, to_kernel = vjp(cotangent.astype(dtype))
         return to_x.astype(cotangent.dtype), to_kernel
 
-    return _on_platform(on_cpu, elsewhere, *residuals, cotangent)
+    return on_platform(on_cpu, elsewhere, *residuals, cotangent)
 
 
 _conv.defvjp(_conv_and_residuals, _gradients_of_conv)

@@ -22,12 +22,8 @@ from fastcifar_jax.ops.lax_conv import Kernel, Padding
 from fastcifar_jax.types import Images
 
 TARGET = "__onednn$convolution"
-DTYPES = {
-    ("float32", "float32"),
-    ("float16", "float16"),
-    ("bfloat16", "bfloat16"),
-    ("bfloat16", "float32"),
-}  # operands, result
+# Operands and result; `conv` converts float16 to float32 and back.
+DTYPES = {("float32", "float32"), ("float16", "float16"), ("bfloat16", "bfloat16"), ("bfloat16", "float32")}
 _CHUNK = 32  # images whose transposed copy stays in the cache
 _SMALL_MAP_CHUNK = 128  # the same, for maps of up to 32 pixels
 _MAX_CHUNKS = 32

@@ -22,11 +22,8 @@ _CASES = (  # batch, height, width, input channels, output channels, kernel size
     (33, 7, 7, 8, 24, 3, "SAME", 2),
     (3, 8, 9, 3, 24, 2, "VALID", 1),
 )
-_TOLERANCES = {
-    "float32": 1e-4,
-    "float16": 3e-3,
-    "bfloat16": 2e-2,
-}  # per operand dtype, as a fraction of the largest value
+# Per operand dtype, as a fraction of the largest value.
+_TOLERANCES = {"float32": 1e-4, "float16": 3e-3, "bfloat16": 2e-2}
 
 
 def main() -> None:

@@ -4,12 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastcifar_jax.evaluate import NoTTA, SixViewTTA
+from fastcifar_jax.evaluate import CHUNK, NoTTA, SixViewTTA
 from fastcifar_jax.recipe import Recipe
 from fastcifar_jax.torch_baseline.augment import normalize
 from fastcifar_jax.types import Evaluation
-
-CHUNK = 2000  # test images at a time
 
 
 def predict(recipe: Recipe, network: nn.Module, images: Tensor) -> Tensor:

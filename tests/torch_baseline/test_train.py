@@ -1,20 +1,18 @@
 """Runs in PyTorch; `tests/reference` compares its steps with the package's."""
 
-import dataclasses
 from dataclasses import replace
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from experiments.airbench import airbench94, airbench94_muon
 from experiments.bag_of_tricks import baseline, final
-from fastcifar_jax.augment import AlternatingFlip, Crop, Flip
+from fastcifar_jax.augment import AlternatingFlip, Crop
 from fastcifar_jax.averaging import Ema
 from fastcifar_jax.evaluate import NoTTA
-from fastcifar_jax.muon import Muon
 from fastcifar_jax.train import Diverged
 from fastcifar_jax.types import Dataset, EpochInfo, StepInfo
+from tests.helpers_train import DATASET, make_dataset, numbers, small
 
 torch = pytest.importorskip("torch", reason='needs PyTorch: pip install -e ".[compare]"')
 
@@ -38,39 +36,10 @@ def one_thread(torch_on_one_thread):
         yield
 
 
-def small(recipe, num_epochs=3, compute_dtype="float32", **changes):
-    """Four channels in the first layer, batches of 32 in 4 ghost groups, images of 16x16."""
-    groups = min(recipe.model.norm.num_groups, 4)
-    model = replace(recipe.model, norm=replace(recipe.model.norm, num_groups=groups)).with_width(4)
-    changes = {"batch_size": 32, "augmentations": (Crop(2), Flip()), **changes}
-    return replace(recipe, num_epochs=num_epochs, model=model, compute_dtype=compute_dtype, **changes)
-
-
-def make_dataset(num_train=112, num_test=20):
-    """Four classes told apart by the brightness of a quadrant; read-only, like arrays from JAX."""
-    rng, arrays = np.random.default_rng(0), []
-    for n in (num_train, num_test):
-        labels = np.arange(n) % 4
-        quadrant = np.eye(4, dtype=int)[labels].reshape(n, 2, 2).repeat(8, 1).repeat(8, 2)
-        images = rng.integers(0, 120, (n, 16, 16, 3)) + 120 * quadrant[..., None]
-        arrays += [images.astype(np.uint8), labels.astype(np.int32)]
-    for array in arrays:
-        array.flags.writeable = False
-    return Dataset(*arrays)
-
-
-DATASET = make_dataset()
-
-
 def last_of(recipe, seed=0, dataset=DATASET):
     """The last snapshot of a run."""
     *_, last = train_epochs(recipe, 4, seed, dataset)
     return last
-
-
-def numbers(result):
-    """Everything but the times."""
-    return [row._replace(train_seconds=0.0) for row in result.epochs]
 
 
 @pytest.fixture(scope="module")
@@ -286,57 +255,3 @@ def test_bench_steps_train(monkeypatch):
         take(4)  # of 3 steps in an epoch
     assert not on_gpu and len(seen) == 12 and np.isfinite(float(seen[0].loss)) and seen[-1].loss < seen[0].loss
     assert torch_train.versions() == {"torch": torch.__version__}
-
-
-# What it refuses.
-
-
-@dataclasses.dataclass(frozen=True)
-class Invert:
-    """An augmentation of a fork."""
-
-    def options(self, height, width):
-        return np.array([True, False])
-
-    def __call__(self, image, option):
-        return jnp.where(option, -image, image)
-
-
-@dataclasses.dataclass(frozen=True)
-class Focal:
-    """A loss of a fork."""
-
-    label_smoothing: float = 0.0
-
-    def __call__(self, logits, labels):
-        return jnp.zeros(len(labels))
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        (
-            {"augmentations": (Crop(4), Invert())},
-            r"augmentations Invert\(\); the PyTorch baseline has Crop, Flip, AlternatingFlip, Cutout",
-        ),
-        (
-            {"loss": Focal()},
-            r"loss Focal\(label_smoothing=0.0\); the PyTorch baseline has CrossEntropy: train it with JAX",
-        ),
-        ({"batch_size": 100}, "a batch of 100 images is not 16 equal ghost groups; change batch_size"),
-        (
-            {"optim": Muon(), "model": replace(final.model, norm=replace(final.model.norm, train_scale=True))},
-            "Muon cannot train the scales of norms; set model.norm.train_scale to False",
-        ),
-    ],
-)
-def test_refuses_what_it_does_not_have(changes, message):
-    with pytest.raises(ValueError, match=message):
-        next(train_epochs(replace(final, **changes), 10, 0, DATASET))
-
-
-def test_refuses_data_that_do_not_fit():
-    with pytest.raises(ValueError, match="batch_size 512 is larger than the 112 training images; set it lower"):
-        last_of(replace(final, compute_dtype="float32"))
-    with pytest.raises(ValueError, match="Crop pads by 16 pixels"):
-        last_of(small(final, augmentations=(Crop(16),)))
